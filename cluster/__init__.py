@@ -1,0 +1,1 @@
+"""What runs where: configuration root, topology, placement, supervision, launching and the command line."""

@@ -1,0 +1,116 @@
+"""The seams between loops and roles. Loops know these and nothing of Ray; tests hand them fakes.
+
+Each docstring says who owns the object, how long it lives, what it may be asked twice, and what its failure looks like.
+All calls that wait are coroutines; each implementation bounds its own wait and raises ``DeadlineError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+from rlhf.types import GroupHandle, Prompt, Score, Verdict
+
+
+class Generator(Protocol):
+    """Draws completions. Owned by the runner; lives for one stage or for the run.
+
+    A call admits all its prompts at once, in their order, each to the replica that order fixes. A replica that dies
+    loses its unfinished prompts only: they are dispatched once more, by uid and seed, and a second failure raises
+    ``EngineError``. Every completion comes from weights no older than ``version``.
+    """
+
+    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+        """Returns one handle per prompt, in the prompts' order, each with ``num_samples`` siblings."""
+        ...
+
+
+class RewardSource(Protocol):
+    """Scores rollout groups: a reward model, a judge or rule functions. Stateless, so a call may be repeated.
+
+    A completion that could not be scored comes back as ``Score(None, error=...)``; only the loss of the whole source
+    raises (``ScorerError``).
+    """
+
+    name: str
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        """Returns, per group, one score per sibling."""
+        ...
+
+
+class Judge(Protocol):
+    """Gives verdicts on rollout groups under a constitution. Stateless, so a call may be repeated.
+
+    A missing verdict is a ``Verdict`` with value None and its error; only the loss of the whole fleet raises
+    (``JudgeError``).
+    """
+
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
+        """Returns, per group, the verdicts on its siblings in a fixed order."""
+        ...
+
+
+class Annotator(Protocol):
+    """Adds per-token arrays (reference log-probs, values) to groups; the arrays stay in the object store."""
+
+    async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
+        """Returns the groups with one more entry in ``annotations``, in the same order."""
+        ...
+
+
+class Learner(Protocol):
+    """A gang of ranks that trains one model. Owned by the runner; restarts as a whole from a verified checkpoint.
+
+    ``update`` is atomic: either every rank applied it, or ``LearnerError`` is raised and the gang is gone.
+    A non-finite gradient is not an error: all ranks skip together and the metrics say ``skipped = 1``.
+    """
+
+    async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
+        """Trains on whole groups (all epochs and mini-batches of one step) and returns reduced scalars."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Writes every rank's state (weights, optimizer, schedule, RNG) under an existing directory."""
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Restores what ``save`` wrote; the directory has been verified against its manifest."""
+        ...
+
+    async def export(self, directory: Path) -> None:
+        """Writes the model in Hugging Face layout (adapters in PEFT layout), tokenizer included."""
+        ...
+
+
+class WeightPublisher(Protocol):
+    """Copies the learner's weights to every generation replica under a version number.
+
+    Returns only when each healthy replica serves ``version``; a replica that fails to take it stops serving
+    (``PublicationError`` when none is left).
+    """
+
+    async def publish(self, version: int) -> Mapping[str, float]:
+        """Returns scalars: seconds, bytes, buckets."""
+        ...
+
+
+class PhaseGate(Protocol):
+    """Owns the device budget that roles acquire and release (all cores of a small machine, memory on shared GPUs).
+
+    ``hold`` waits until the role's share is free. Deadlock is impossible as no role holds while it waits for another.
+    """
+
+    def hold(self, role: str) -> AbstractAsyncContextManager[None]:
+        """A context in which ``role`` may compute."""
+        ...
+
+
+class Recorder(Protocol):
+    """Keeps every sample, score, verdict and ranking; written by workers, never through the driver."""
+
+    async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
+        """Writes the groups with their scores; returns when they are on disk."""
+        ...
