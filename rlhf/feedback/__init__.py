@@ -1,0 +1,1 @@
+"""From judgements to rankings: constitutions, judge texts, verdicts, rankings and their agreement."""

@@ -1,0 +1,1 @@
+"""Rewards beside the reward model: rule functions, weighted mixtures, normalisation and shaping."""
