@@ -57,6 +57,10 @@ class PlacementError(RlhfError):
     exit_code = 3
 
 
+class ReplicaLostError(RlhfError):
+    """An actor died, hung or its node went away; what it had not returned is dispatched again."""
+
+
 class EngineError(RlhfError):
     """A generation engine failed or died; its unfinished prompts are dispatched again by uid."""
 
@@ -79,6 +83,10 @@ class PublicationError(RlhfError):
 
 class CheckpointError(RlhfError):
     """A checkpoint is incomplete or altered and no older good one could take its place."""
+
+
+class RecordError(RlhfError):
+    """A record of the run (samples, verdicts, metrics) could not be written or read back."""
 
 
 class NonFiniteError(RlhfError):

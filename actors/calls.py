@@ -1,0 +1,79 @@
+"""Calls to remote workers: the one boundary where Ray's failures become ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from rlhf.errors import DeadlineError, ReplicaLostError, RlhfError
+
+
+def classify(error: Exception, where: str) -> RlhfError:
+    """Turns what a Ray call raised into an error of ours.
+
+    A worker's own ``RlhfError`` comes back as it was raised. Anything else that a task raised is a defect of the worker
+    and keeps its traceback in the text; a dead actor, an unreachable node or a lost object is a ``ReplicaLostError``.
+    """
+    if isinstance(error, RlhfError):
+        return error
+    if isinstance(error, exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, RlhfError):
+            return cause
+        return ReplicaLostError(
+            where, found=str(error), needed="a result", action="See the worker's log for the cause."
+        )
+    return ReplicaLostError(
+        where, found=f"{type(error).__name__}: {error}", needed="a living worker", action="It is replaced if it can be."
+    )
+
+
+async def await_ref(ref: Any, *, timeout_s: float, where: str) -> Any:
+    """Waits for one Ray reference, at most ``timeout_s`` seconds.
+
+    Raises:
+        DeadlineError: Nothing came in time; the call may still be running.
+        ReplicaLostError: The worker died or raised something that is not ours.
+        RlhfError: What the worker raised.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+    except TimeoutError:
+        raise _deadline(where, timeout_s) from None
+    except (exceptions.RayError, RlhfError) as error:
+        raise classify(error, where) from error
+
+
+async def stream(refs: Any, *, timeout_s: float, where: str) -> AsyncIterator[Any]:
+    """Yields the values of a streaming call as they come; the whole of it ends within ``timeout_s`` seconds."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    iterator = aiter(refs)
+    while True:
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            ref = await asyncio.wait_for(anext(iterator), max(left, 0.0))
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise _deadline(where, timeout_s) from None
+        except (exceptions.RayError, RlhfError) as error:
+            raise classify(error, where) from error
+        yield await await_ref(ref, timeout_s=max(left, 1.0), where=where)
+
+
+def _deadline(where: str, timeout_s: float) -> DeadlineError:
+    return DeadlineError(
+        where,
+        found=f"no answer after {timeout_s:.0f} s",
+        needed="an answer",
+        action="Look at the worker's log; raise the role's call_timeout_s if the work is this long.",
+    )
+
+
+def kill(handle: Any) -> None:
+    """Ends an actor at once; one that is already gone is left alone."""
+    ray.kill(handle, no_restart=True)

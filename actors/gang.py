@@ -1,0 +1,145 @@
+"""A gang: the ranks of one learner, which act together, fail together and restart together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.calls import await_ref, kill
+from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError
+from rlhf.types import GroupHandle
+
+
+def balance(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Shares indices out so that ranks carry nearly equal tokens: longest first, each to the lightest rank.
+
+    Every rank gets at least one index; raises ``LearnerError`` if there are fewer items than ranks. Deterministic;
+    each rank's indices are in ascending order.
+    """
+    if len(lengths) < num_ranks:
+        raise LearnerError(
+            "learner batch",
+            found=f"{len(lengths)} groups for {num_ranks} ranks",
+            needed="at least one group a rank",
+            action="Raise loop.prompts_per_step or lower roles.learner.ranks.",
+        )
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(num_ranks), key=lambda r: (loads[r], len(shares[r]), r))
+        shares[rank].append(index)
+        loads[rank] += lengths[index]
+    return [sorted(share) for share in shares]
+
+
+class LearnerGang:
+    """The ``Learner`` seam over rank actors.
+
+    Calls are submitted to every rank before any is awaited, so that collectives meet in the same order on all. The
+    first failure of any rank kills the gang: a rank that waits in a collective for a dead one would wait for ever.
+
+    Args:
+        role: Name in logs and errors.
+        ranks: Actor handles of ``LearnerWorker``s, rank order.
+        timeout_s: Longest wait for one call.
+    """
+
+    def __init__(self, role: str, ranks: Sequence[Any], *, timeout_s: float = 1800.0) -> None:
+        self.role = role
+        self.ranks = list(ranks)
+        self.lock = asyncio.Lock()
+        """Held over an update and over a whole publication, so that no export mixes two versions."""
+        self._timeout_s = timeout_s
+
+    async def call(self, method: str, args_of_rank: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> list[Any]:
+        """Calls a method on every rank and returns the results in rank order.
+
+        Raises:
+            LearnerError: A rank died, hung or failed; the whole gang has been ended.
+            NonFiniteError: Too many updates in a row were not finite.
+        """
+        if not self.ranks:
+            raise LearnerError(
+                self.role, found="a gang that was ended", needed="living ranks", action="Run the command again."
+            )
+        refs = [getattr(handle, method).remote(*args_of_rank(rank)) for rank, handle in enumerate(self.ranks)]
+        waits = [
+            asyncio.ensure_future(await_ref(ref, timeout_s=self._timeout_s, where=f"{self.role}[{rank}].{method}"))
+            for rank, ref in enumerate(refs)
+        ]
+        try:
+            return list(await asyncio.gather(*waits))
+        except (ReplicaLostError, DeadlineError) as error:
+            self.kill()
+            raise LearnerError(
+                error.where,
+                found=error.found,
+                needed="every rank",
+                action="The gang restarts from the last verified checkpoint.",
+            ) from error
+        except RlhfError:
+            self.kill()
+            raise
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    def kill(self) -> None:
+        """Ends every rank at once."""
+        for handle in self.ranks:
+            kill(handle)
+        self.ranks = []
+
+    async def start(self) -> None:
+        """Loads the model and joins the process group on every rank."""
+        await self.call("start")
+
+    async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
+        """See ``Learner.update``; groups are shared out over ranks by tokens."""
+        shares = balance([group.num_tokens for group in groups], len(self.ranks))
+        async with self.lock:
+            results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
+        metrics = dict(results[0])
+        if metrics.get("consecutive_skips", 0) >= 3:
+            raise NonFiniteError(
+                f"{self.role}.update",
+                found="a loss or gradient that is not finite in three updates in a row",
+                needed="finite gradients",
+                action="The weights are unchanged; look at the batches in rollouts/, lower the learning rate.",
+            )
+        return metrics
+
+    async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
+        """Adds the critic's per-token values to each group (PPO)."""
+        shares = balance([group.num_tokens for group in groups], len(self.ranks))
+        async with self.lock:
+            results = await self.call("annotate", lambda rank: ([groups[i] for i in shares[rank]],))
+        annotated: dict[int, GroupHandle] = {}
+        for share, part in zip(shares, results, strict=True):
+            annotated |= dict(zip(share, part, strict=True))
+        return [annotated[i] for i in range(len(groups))]
+
+    async def save(self, directory: Path) -> None:
+        """See ``Learner.save``."""
+        async with self.lock:
+            await self.call("save", lambda rank: (directory,))
+
+    async def load(self, directory: Path) -> None:
+        """See ``Learner.load``."""
+        async with self.lock:
+            await self.call("load", lambda rank: (directory,))
+
+    async def export(self, directory: Path) -> None:
+        """See ``Learner.export``."""
+        async with self.lock:
+            await self.call("export", lambda rank: (directory,))
+
+    async def stop(self) -> None:
+        """Leaves the process group and ends the ranks."""
+        with contextlib.suppress(LearnerError):
+            await self.call("stop")
+        self.kill()

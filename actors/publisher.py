@@ -1,0 +1,82 @@
+"""Publication: the learner's weights, in buckets through the object store, to every generation replica.
+
+No process holds a whole gathered copy beyond one bucket and the receiving model: rank 0 puts one bucket at a time, the
+replicas read it from shared memory, and it is dropped before the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.calls import await_ref
+from actors.fleet import Event, Fleet
+from actors.gang import LearnerGang
+from rlhf.weights import combine_digests
+
+
+class BucketPublisher:
+    """The ``WeightPublisher`` seam between a learner gang and the generation fleet.
+
+    Args:
+        gang: Whose weights are published.
+        fleet: Who takes them. The publisher makes itself the fleet's welcome, so that newcomers start current.
+        version: Version of the gang's weights now.
+        bucket_bytes: Largest bucket; a larger single tensor goes alone.
+        timeout_s: Longest wait for one bucket on one replica.
+        event: Event log.
+    """
+
+    def __init__(
+        self, gang: LearnerGang, fleet: Fleet, event: Event, *, version: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
+        self._gang = gang
+        self._fleet = fleet
+        self._event = event
+        self._version = version
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        fleet.welcome = self.welcome
+
+    async def publish(self, version: int) -> Mapping[str, float]:
+        """Returns when every healthy replica serves ``version``; one that failed to take it has left the fleet."""
+
+        async def everyone(method: str, *args: Any) -> None:
+            await self._fleet.broadcast(method, *args)
+
+        before = len(self._fleet.healthy)
+        async with self._gang.lock:
+            metrics = await self._send(version, everyone)
+            self._version = version
+        lost = before - len(self._fleet.healthy)
+        if lost:
+            self._event("publication_repair", role=self._fleet.role, version=version, num_lost=lost)
+            await self._fleet.scale(before)
+        return metrics
+
+    async def welcome(self, handle: Any) -> None:
+        """Gives a newcomer the current weights before it serves."""
+
+        async def newcomer(method: str, *args: Any) -> None:
+            where = f"{self._fleet.role}.{method}"
+            await await_ref(getattr(handle, method).remote(*args), timeout_s=self._timeout_s, where=where)
+
+        async with self._gang.lock:
+            await self._send(self._version, newcomer)
+
+    async def _send(self, version: int, deliver: Any) -> Mapping[str, float]:
+        began = time.monotonic()
+        plans = await self._gang.call("export_plan", lambda rank: (self._bucket_bytes,))
+        num_buckets = len(plans[0])
+        await deliver("begin_update", version)
+        digests: list[str] = []
+        num_bytes = 0
+        for index in range(num_buckets):
+            sent: Sequence[Any] = await self._gang.call("put_bucket", lambda rank, index=index: (index,))  # type: ignore[misc]
+            handle, digest, size = sent[0]
+            await deliver("receive_bucket", handle)
+            digests.append(digest)
+            num_bytes += size
+        await deliver("finish_update", version, combine_digests(digests))
+        return {"seconds": time.monotonic() - began, "bytes": float(num_bytes), "buckets": float(num_buckets)}

@@ -1,0 +1,1 @@
+"""Loops: online (reinforcement learning), offline (one objective over a data set) and label (feedback)."""

@@ -1,0 +1,94 @@
+"""Phase gates: who may compute when roles share cores or device memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from rlhf.errors import ConfigError
+
+Hook = Callable[[], Awaitable[None]]
+
+
+class BudgetGate:
+    """A device budget that roles acquire and release, first come, first served.
+
+    On a machine with few cores every role's share is the whole budget, so one role computes at a time with all cores:
+    overlap there costs more than it saves. On shared GPUs the shares are fractions of device memory, and the hooks wake
+    a role when it enters (weights, cache) and put it to sleep when another needs the room (offload).
+
+    produces: permission to compute. consumes: nothing. waits for: enough free budget, in order of arrival.
+    unblocked by: another role's release. A role never asks while it holds, so there is no cycle to deadlock in.
+
+    Args:
+        shares: Budget taken by each role, of ``capacity``; a role that is not named takes nothing.
+        capacity: The whole budget.
+        wake: Called when a role has acquired its share, before it computes.
+        rest: Called when a role gives its share back.
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str, float],
+        *,
+        capacity: float = 1.0,
+        wake: Mapping[str, Hook] | None = None,
+        rest: Mapping[str, Hook] | None = None,
+    ) -> None:
+        for role, share in shares.items():
+            if not 0.0 <= share <= capacity:
+                raise ConfigError(
+                    f"gate share of {role}",
+                    found=str(share),
+                    needed=f"a number from 0 to {capacity}",
+                    action="A share above the capacity could never be granted.",
+                )
+        self._shares = dict(shares)
+        self._free = capacity
+        self._queue: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._wake = dict(wake or {})
+        self._rest = dict(rest or {})
+
+    def hold(self, role: str) -> AbstractAsyncContextManager[None]:
+        """A context in which ``role`` may compute."""
+        return self._hold(role)
+
+    @asynccontextmanager
+    async def _hold(self, role: str) -> AsyncIterator[None]:
+        share = self._shares.get(role, 0.0)
+        await self._acquire(share)
+        try:
+            if role in self._wake:
+                await self._wake[role]()
+            try:
+                yield
+            finally:
+                if role in self._rest:
+                    await self._rest[role]()
+        finally:
+            self._free += share
+            self._admit()
+
+    async def _acquire(self, share: float) -> None:
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((share, granted))
+        self._admit()
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self._free += share
+            self._admit()
+            raise
+
+    def _admit(self) -> None:
+        while self._queue:
+            share, granted = self._queue[0]
+            if not granted.cancelled():
+                if share > self._free + 1e-9:
+                    return
+                self._free -= share
+                granted.set_result(None)
+            self._queue.popleft()

@@ -1,0 +1,88 @@
+"""The label loop: prompts -> K siblings -> verdicts -> rankings, in chunks that are each on disk before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import Field
+
+from rlhf.config import StrictModel
+from rlhf.feedback.missing import check_missing
+from rlhf.protocols import Generator, Judge, PhaseGate
+from rlhf.types import GroupHandle, Prompt, Ranking, Verdict
+
+
+class LabelConfig(StrictModel):
+    """How feedback is collected."""
+
+    num_samples: int = Field(default=4, ge=2)
+    """Siblings per prompt (K)."""
+    prompts_per_chunk: int = Field(default=64, ge=1)
+    """Prompts that are generated, judged and written together; a restart repeats at most one chunk."""
+    max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Above this fraction of missing verdicts in a chunk the run stops."""
+
+
+class LabelRecorder(Protocol):
+    """Writes a chunk's samples, verdicts and rankings; knows which chunks are complete."""
+
+    async def record_chunk(
+        self,
+        chunk: int,
+        groups: Sequence[GroupHandle],
+        verdicts: Sequence[Sequence[Verdict]],
+        rankings: Sequence[Ranking],
+    ) -> None:
+        """Returns when all three are on disk."""
+        ...
+
+    async def has_chunk(self, chunk: int) -> bool:
+        """Whether ``record_chunk`` has finished for this chunk in this or an earlier run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRoles:
+    """The roles of the label loop; ``rank`` turns one group's verdicts into its ranking."""
+
+    generator: Generator
+    judge: Judge
+    recorder: LabelRecorder
+    gate: PhaseGate
+    rank: Callable[[str, int, Sequence[Verdict]], Ranking]
+
+
+async def label(
+    roles: LabelRoles,
+    config: LabelConfig,
+    prompts: Sequence[Prompt],
+    *,
+    version: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Labels every prompt and returns the number of missing verdicts among the chunks done now.
+
+    Chunks found complete are left alone, so the same call resumes.
+    """
+    size = config.prompts_per_chunk
+    num_missing = 0
+    for chunk, start in enumerate(range(0, len(prompts), size)):
+        some = prompts[start : start + size]
+        if not await roles.recorder.has_chunk(chunk):
+            async with roles.gate.hold("generation"):
+                groups = await roles.generator.generate(some, num_samples=config.num_samples, version=version)
+            async with roles.gate.hold("judge"):
+                verdicts = await roles.judge.judge(groups)
+            missing = sum(verdict.value is None for given in verdicts for verdict in given)
+            total = sum(len(given) for given in verdicts)
+            check_missing(missing, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
+            rankings = [
+                roles.rank(group.uid, len(group.completion_lengths), given)
+                for group, given in zip(groups, verdicts, strict=True)
+            ]
+            await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
+            num_missing += missing
+        progress(start + len(some), len(prompts))
+    return num_missing
