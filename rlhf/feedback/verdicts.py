@@ -128,8 +128,7 @@ def pair_outcomes(verdicts: Sequence[Verdict], *, disagreement: Disagreement) ->
     outcomes = []
     for first, second in sorted({(min(order), max(order)) for order in by_order}):
         forward, backward = by_order.get((first, second)), by_order.get((second, first))
-        uid = (forward or backward).uid  # type: ignore[union-attr] - one of the two orders made the pair
-        outcomes.append(_join(uid, (first, second), forward, backward, disagreement))
+        outcomes.append(_join(verdicts[0].uid, (first, second), forward, backward, disagreement))
     return outcomes
 
 
