@@ -7,10 +7,11 @@ serialised tensor by tensor. Names are those of the Hugging Face checkpoint.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from rlhf.errors import PublicationError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,7 +38,7 @@ class Bucket:
         shapes: One shape per name.
         dtype: Name of the torch dtype, for example ``"bfloat16"``.
         data: The tensors' bytes back to back, in the order of ``names``. [bytes] uint8
-        digest: BLAKE2b over place, names, shapes, dtype and bytes, in hexadecimal.
+        digest: BLAKE2b over place, names, shapes, dtype and the digest of each tensor's bytes, in hexadecimal.
     """
 
     index: int
@@ -97,23 +99,30 @@ def make_bucket(index: int, count: int, tensors: Mapping[str, Tensor]) -> Bucket
     names = tuple(tensors)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors.values())
     dtype = dtypes.pop()
-    return Bucket(index, count, names, shapes, dtype, data, bucket_digest(index, count, names, shapes, dtype, data))
+    bucket = Bucket(index, count, names, shapes, dtype, data, digest="")
+    digest = bucket_digest(index, count, dtype, dict(zip(names, shapes, strict=True)), tensor_digests(bucket))
+    return replace(bucket, digest=digest)
 
 
 def bucket_digest(
-    index: int,
-    count: int,
-    names: Sequence[str],
-    shapes: Sequence[Sequence[int]],
-    dtype: str,
-    data: NDArray[np.uint8],
+    index: int, count: int, dtype: str, shapes: Mapping[str, Sequence[int]], digests: Mapping[str, str]
 ) -> str:
-    """BLAKE2b (32 bytes, hexadecimal) over everything that a bucket says."""
-    digest = hashlib.blake2b(digest_size=32)
-    head = [index, count, dtype, [[name, list(shape)] for name, shape in zip(names, shapes, strict=True)]]
-    digest.update(repr(head).encode())
-    digest.update(np.ascontiguousarray(data).data)
-    return digest.hexdigest()
+    """BLAKE2b (32 bytes, hexadecimal) over everything that a bucket says; its bytes enter by their digests."""
+    head = [index, count, dtype, [[name, list(shape), digests[name]] for name, shape in shapes.items()]]
+    return hashlib.blake2b(repr(head).encode(), digest_size=32).hexdigest()
+
+
+def tensor_digests(bucket: Bucket) -> dict[str, str]:
+    """BLAKE2b (32 bytes, hexadecimal) of each tensor's bytes, by name."""
+    return {
+        name: hashlib.blake2b(part.data, digest_size=32).hexdigest() for name, part in zip(*_parts(bucket), strict=True)
+    }
+
+
+def _parts(bucket: Bucket) -> tuple[Sequence[str], list[NDArray[np.uint8]]]:
+    sizes = [ITEM_BYTES[bucket.dtype] * math.prod(shape) for shape in bucket.shapes]
+    ends = list(itertools.accumulate(sizes))
+    return bucket.names, [bucket.data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def combine_digests(digests: Sequence[str]) -> str:
@@ -121,8 +130,15 @@ def combine_digests(digests: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(digests).encode(), digest_size=32).hexdigest()
 
 
-def verify_bucket(bucket: Bucket) -> None:
-    """Raises ``PublicationError`` unless the bucket's shapes fill its bytes and its digest is that of its contents."""
+def verify_bucket(bucket: Bucket) -> dict[str, str]:
+    """Checks that a bucket is what its sender made.
+
+    Returns:
+        The digest of each tensor's bytes, by name.
+
+    Raises:
+        PublicationError: The shapes do not fill the bytes, or the digest is not that of the contents.
+    """
     where = f"weight bucket {bucket.index} of {bucket.count}"
     if bucket.dtype not in ITEM_BYTES or not 0 <= bucket.index < bucket.count:
         raise PublicationError(
@@ -132,18 +148,21 @@ def verify_bucket(bucket: Bucket) -> None:
             action="Publish the weights again.",
         )
     needed = ITEM_BYTES[bucket.dtype] * sum(math.prod(shape) for shape in bucket.shapes)
-    if bucket.data.nbytes != needed or len(bucket.names) != len(bucket.shapes):
+    if bucket.data.nbytes != needed or not len(bucket.names) == len(set(bucket.names)) == len(bucket.shapes):
         raise PublicationError(
             where,
             found=f"{bucket.data.nbytes} bytes for {len(bucket.names)} names",
             needed=f"{needed} bytes for {len(bucket.shapes)} shapes",
             action="Publish the weights again.",
         )
-    found = bucket_digest(bucket.index, bucket.count, bucket.names, bucket.shapes, bucket.dtype, bucket.data)
+    digests = tensor_digests(bucket)
+    shapes = dict(zip(bucket.names, bucket.shapes, strict=True))
+    found = bucket_digest(bucket.index, bucket.count, bucket.dtype, shapes, digests)
     if found != bucket.digest:
         raise PublicationError(
             where, found=f"digest {found[:16]}", needed=bucket.digest[:16], action="Publish the weights again."
         )
+    return digests
 
 
 def bucket_tensors(bucket: Bucket) -> dict[str, Tensor]:
@@ -154,15 +173,22 @@ def bucket_tensors(bucket: Bucket) -> dict[str, Tensor]:
         # Arrays from the object store are read-only and torch has no read-only tensors; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         whole = torch.from_numpy(bucket.data)
-    dtype = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     tensors: dict[str, Tensor] = {}
     start = 0
     for name, shape in zip(bucket.names, bucket.shapes, strict=True):
         end = start + ITEM_BYTES[bucket.dtype] * math.prod(shape)
-        tensors[name] = _viewed(whole[start:end], dtype[bucket.dtype]).reshape(shape)
+        tensors[name] = whole[start:end].view(_torch_dtype(bucket.dtype)).reshape(shape)
         start = end
     return tensors
 
 
-def _viewed(flat: Tensor, dtype: object) -> Tensor:
-    return flat.view(dtype)  # type: ignore[call-overload]
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return dtypes[name]

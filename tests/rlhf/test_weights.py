@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -64,6 +65,14 @@ def _altered(bucket: Bucket, change: str) -> Bucket:
 def test_any_change_is_found(change):
     with pytest.raises(PublicationError, match="weight bucket"):
         verify_bucket(_altered(make_bucket(0, 2, _tensors(torch.float32)), change))
+
+
+def test_each_tensor_has_the_digest_of_its_own_bytes():
+    sent = _tensors(torch.float32)
+    digests = verify_bucket(make_bucket(0, 1, sent))
+    assert digests == {
+        name: hashlib.blake2b(tensor.numpy().tobytes(), digest_size=32).hexdigest() for name, tensor in sent.items()
+    }
 
 
 def test_mixed_dtypes_are_refused():
