@@ -1,0 +1,130 @@
+"""What every test session shares: a clean environment, a tiny model, order of the tests, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SESSION_MARK = "RLHF_TEST_SESSION"
+EXIT_GRACE_SECONDS = 20.0
+
+# Set before anything is imported, so that every process the tests start inherits it.
+os.environ[SESSION_MARK] = uuid.uuid4().hex
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_USAGE_STATS_ENABLED="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_DO_NOT_TRACK="1",
+    DO_NOT_TRACK="1",
+    NO_PROXY="localhost,127.0.0.1",
+    no_proxy="localhost,127.0.0.1",
+)
+# Tools keep what they compile and convert inside the working tree, not in the home directory.
+for _name, _folder in {
+    "RLHF_CACHE": "rlhf",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "VLLM_CACHE_ROOT": "vllm",
+}.items():
+    os.environ.setdefault(_name, str(ROOT / ".cache" / _folder))
+# Extensions are built at first use with the ninja that lives beside the interpreter.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+_complaints: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fail-early", action="store_true", help="start no engine test once a cheaper test has failed")
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists()
+
+
+def _tier(item: pytest.Item) -> int:
+    """0 for tests of pure code, 1 for engine tests, 2 for long ones."""
+    if item.get_closest_marker("slow"):
+        return 2
+    return 1 if item.get_closest_marker("engine") or item.get_closest_marker("gpu") else 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_tier)
+    if not _has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; this machine has none"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.getoption("--fail-early") and _tier(item) and item.session.testsfailed:
+        item.session.shouldfail = "a cheaper test failed, so engine tests were not started"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "gpu" not in report.keywords and not hasattr(report, "wasxfail"):
+        _complaints.append(f"{report.nodeid} was skipped; only a test marked gpu may be")
+
+
+def _left_behind() -> list[psutil.Process]:
+    """Processes that this session started, directly or through others, and that still run."""
+    mark, here, found = os.environ[SESSION_MARK], os.getpid(), []
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid == here or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            ours = process.pid in children or process.environ().get(SESSION_MARK) == mark
+            command = process.cmdline()
+            if ours and not any("resource_tracker" in part for part in command):  # ends with this process
+                found.append(process)
+    return found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+    deadline = time.monotonic() + EXIT_GRACE_SECONDS
+    while (left := _left_behind()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            _complaints.append(f"process {process.pid} was left behind: {' '.join(process.cmdline())[:160]}")
+            process.kill()
+    if _complaints and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for complaint in _complaints:
+        terminalreporter.write_line(f"FAILED {complaint}", red=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two-layer Llama and tokenizer of ``tests/tiny.py``, in float32, seed 0."""
+    from tests.tiny import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A monkeypatch with proxy, device and cache settings of the caller's shell taken away."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CUDA_VISIBLE_DEVICES", "RLHF_DEVICE", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    yield monkeypatch
