@@ -93,11 +93,11 @@ def find_python() -> tuple:
         if tuple(version) in PYTHONS:
             return path, tuple(version), include
         seen.append(f"{name} is {version[0]}.{version[1]}")
+    tried = ", ".join(seen) or "none of {} answers".format(", ".join(names))
     raise SetupError(
-        "no Python 3.11 or 3.12 found (%s).\n"
+        f"no Python 3.11 or 3.12 found ({tried}).\n"
         "  Debian or Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev\n"
         "  or any other way, then RLHF_PYTHON=/path/to/python3.11 make setup"
-        % (", ".join(seen) or "tried " + str(names))
     )
 
 
@@ -333,7 +333,10 @@ def install(uv: str, device: str, sources: Sources) -> None:
             if subprocess.run(command, env=environment, timeout=INSTALL_TIMEOUT, check=False).returncode == 0:
                 return
         raise SetupError("uv could not install the packages; its message is above. Run `make setup` again to go on.")
-    raise SetupError("the pinned packages cannot be had:\n" + "\n".join(failures))
+    hint = (
+        "Without a network, PIP_FIND_LINKS may name a folder of wheels; behind one, see PIP_INDEX_URL and HTTPS_PROXY."
+    )
+    raise SetupError("the pinned packages cannot be had:\n" + "\n".join(failures) + "\n" + hint)
 
 
 def finish(uv: str, device: str, sources: Sources) -> None:

@@ -8,6 +8,8 @@ its own fields in a ``StrictModel`` beside the code that reads them.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -32,21 +34,24 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`: what it brings in may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
-    _UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_UniqueKeyLoader`` reads back: text that looks like ``1e5`` goes into quotes."""
 
 
-_float_resolver()
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$")
+for _class in (_UniqueKeyLoader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -78,7 +83,11 @@ def load_file(path: Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         where = str(_open[-1]) if _open else str(path)
         raise ConfigError(where, found=f"no file {path}", needed="an existing YAML file", action="Check the path.")
-    document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), found=str(error), needed="readable UTF-8 text", action="Check the file.") from None
+    document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         found = "an empty file" if document is None else f"a {type(document).__name__}"
         raise ConfigError(str(path), found=found, needed="a mapping of keys", action="Start from a file in configs/.")
@@ -112,32 +121,87 @@ def _override(node: Any, path: Sequence[str], value: Any, key: str) -> Any:
             needed = f"an index from 0 to {len(node) - 1}"
             raise ConfigError(f"override {key}", found=repr(head), needed=needed, action="Check the list.")
         return [_override(item, rest, value, key) if i == int(head) else item for i, item in enumerate(node)]
+    if node is not None and not isinstance(node, Mapping):
+        needed = f"a section that can hold {head!r}"
+        raise ConfigError(f"override {key}", found=f"the value {node!r}", needed=needed, action="Check the key.")
     below = dict(node) if isinstance(node, Mapping) else {}
     below[head] = _override(below.get(head), rest, value, key)
     return below
 
 
 def validate(model: type[ModelT], document: Mapping[str, Any], where: str) -> ModelT:
-    """Builds ``model`` from a mapping; the first fault becomes a ``ConfigError`` that names the key."""
+    """Builds ``model`` from a mapping; the first fault becomes a ``ConfigError`` that names the key.
+
+    Types are strict (no text for a number, no 1.0 for a whole number), with lists standing for tuples and text for
+    paths, as in JSON: that is what YAML can express.
+    """
     try:
-        return model.model_validate(document)
+        return model.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        raise _explain(faults[0], len(faults), model, where) from None
+        raise _explain(faults[0], len(faults), model, document, where) from None
 
 
-def _explain(fault: Any, num_faults: int, model: type[BaseModel], where: str) -> ConfigError:
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
+def _explain(fault: Any, num_faults: int, model: type[BaseModel], document: Any, where: str) -> ConfigError:
+    path = _document_path(fault, document)
     more = f" ({num_faults - 1} more below it.)" if num_faults > 1 else ""
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], sorted(_field_names(model, location[:-1])), n=1)
-        action = f"Did you mean {near[0]!r}?" if near else "Remove it, or see docs/config.md."
-        return ConfigError(f"{where}: {key}", found="an unknown key", needed="a documented key", action=action + more)
-    found = "nothing" if fault["type"] == "missing" else repr(fault["input"])[:200]
-    return ConfigError(
-        f"{where}: {key}" if key else where, found=found, needed=fault["msg"], action="Mend the key." + more
-    )
+    kind, context = fault["type"], fault.get("ctx", {})
+    found, needed, action = repr(fault["input"])[:200], str(fault["msg"]), "Mend the key."
+    if kind == "extra_forbidden":
+        found, needed = "an unknown key", "a documented key"
+        action = _suggest(path[-1], _field_names(model, [str(part) for part in fault["loc"][:-1]]), model)
+    elif kind == "missing":
+        found, needed = "nothing", "a value: the key has no default"
+        action = "Add the key."
+    elif kind == "union_tag_invalid":
+        path = [*path, context["discriminator"].strip("'")]
+        found, needed = repr(context["tag"]), f"one of {context['expected_tags']}"
+        action = _closest(context["tag"], [tag.strip(" '") for tag in context["expected_tags"].split(",")])
+    elif kind == "union_tag_not_found":
+        path = [*path, context["discriminator"].strip("'")]
+        found, needed, action = "nothing", "the key that says which kind this section is", "Add the key."
+    elif kind == "literal_error":
+        action = _closest(str(fault["input"]), [tag.strip(" '") for tag in re.split(",| or ", context["expected"])])
+    key = ".".join(path)
+    return ConfigError(f"{where}: {key}" if key else where, found=found, needed=needed, action=action + more)
+
+
+def _document_path(fault: Any, document: Any) -> list[str]:
+    """The fault's keys as the user wrote them: pydantic also names the variants of a union on the way."""
+    node, path = document, []
+    for depth, part in enumerate(fault["loc"]):
+        if isinstance(node, Mapping) and part in node or isinstance(node, list) and part in range(len(node)):
+            node = node[part]
+        elif depth + 1 < len(fault["loc"]) or fault["type"] not in ("missing", "extra_forbidden"):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _closest(word: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(choices), n=1)
+    return f"Did you mean {near[0]!r}?" if near else "Mend the key."
+
+
+def _suggest(word: str, siblings: Iterable[str], model: type[BaseModel]) -> str:
+    """Names the key that was probably meant: one like it in the same section, or the same word in another."""
+    near = difflib.get_close_matches(word, sorted(siblings), n=1)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    elsewhere = _find_key(model, word, ())
+    return f"Did you mean {elsewhere!r}?" if elsewhere else "Remove it, or see docs/config.md."
+
+
+def _find_key(model: type[BaseModel], word: str, above: tuple[str, ...]) -> str | None:
+    if word in model.model_fields:
+        return ".".join((*above, word))
+    if len(above) > 6:  # sections may hold sections of their own kind
+        return None
+    for name, field in model.model_fields.items():
+        for below in _models_in(field.annotation):
+            if found := _find_key(below, word, (*above, name)):
+                return found
+    return None
 
 
 def _field_names(model: type[BaseModel], location: Sequence[str]) -> set[str]:
@@ -163,4 +227,4 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def dump(config: BaseModel) -> str:
     """Returns the resolved configuration as YAML that ``load_file`` and ``validate`` read back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
