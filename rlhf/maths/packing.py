@@ -14,7 +14,8 @@ groups in order), T longest completion, G groups, D width of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,8 +105,11 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Returns the batch with every tensor on ``device``."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return PackedBatch(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        return replace(self, **moved)
 
     def gather_targets(self, hidden: Tensor) -> Tensor:
         """Picks the outputs that predict real completion tokens, padding left out.

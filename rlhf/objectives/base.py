@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf.errors import DataError
+from rlhf.maths.ops import group_sum
 from rlhf.maths.packing import PackedBatch, pad_tokens
+from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.types import TrainGroup
 
 Head = Literal["language_model", "scalar"]
@@ -70,7 +72,7 @@ class TokenSignals:
         behaviour_log_probs: From the generating engine. float32 [N, T]
         reference_log_probs: From the frozen reference. float32 [N, T]
         old_values: From the critic at the start of the step. float32 [N, T]
-        ranks: Lower is better, NaN is missing. float32 [N]
+        ranks: Lower is better, NaN is missing; of a pair without ranks the first is better. float32 [N]
         scores: NaN is missing. float32 [N]
         mask: True at tokens whose loss counts: sequences without a usable score are all False. None means the batch's
             own mask. bool [N, T]
@@ -100,18 +102,18 @@ class TokenSignals:
             arrays = [getattr(group, name) for group in groups]
             return None if any(a is None for a in arrays) else pad_tokens(arrays, batch)
 
-        def sequences(name: str) -> Tensor | None:
-            rows = [getattr(group, name) for group in groups]
-            if any(row is None for row in rows):
+        def sequences(rows: Sequence[tuple[float, ...] | None]) -> Tensor | None:
+            known = [row for row in rows if row is not None]
+            if len(known) < len(rows):
                 return None
-            return torch.tensor(np.concatenate([np.asarray(row, np.float32) for row in rows]), device=device)
+            return torch.tensor([value for row in known for value in row], dtype=torch.float32, device=device)
 
         return cls(
             behaviour_log_probs=tokens("behaviour_log_probs"),
             reference_log_probs=tokens("reference_log_probs"),
             old_values=tokens("values"),
-            ranks=sequences("ranks"),
-            scores=sequences("scores"),
+            ranks=sequences([ranks_of(group) for group in groups]),
+            scores=sequences([group.scores for group in groups]),
         )
 
     def select(self, sequences: Tensor, num_tokens: int) -> TokenSignals:
@@ -134,8 +136,11 @@ class TokenSignals:
 
     def to(self, device: torch.device | str) -> TokenSignals:
         """Returns the signals with every tensor on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenSignals(**{name: value if value is None else value.to(device) for name, value in values.items()})
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        return replace(self, **moved)
 
 
 def sequences_of_groups(batch: PackedBatch, groups: Sequence[int]) -> Tensor:
@@ -184,15 +189,11 @@ class Objective(Protocol):
         ...
 
 
-def required(value: Tensor | None, name: str, user: str) -> Tensor:
-    """Returns ``value``, or raises a ``DataError`` that names the signal and its user."""
+def required(value: Tensor | None, name: str, where: str) -> Tensor:
+    """Returns ``value``, or raises a ``DataError`` that names the signal and who needs it."""
     if value is None:
-        raise DataError(
-            f"objective {user}",
-            found=f"no {name}",
-            needed=name,
-            action="Annotate the groups with it first.",
-        )
+        action = "Annotate the groups with it, or have the forward pass compute it."
+        raise DataError(where, found=f"no {name}", needed=name, action=action)
     return value
 
 
@@ -210,8 +211,7 @@ def usable_scores(scores: Sequence[float], min_scores: int) -> list[bool]:
 def usable_sequences(scores: Tensor, group_index: Tensor, min_scores: int) -> Tensor:
     """``usable_scores`` over a batch: scores [N], group_index [N] -> bool [N]."""
     present = ~torch.isnan(scores)
-    num_groups = int(group_index.max()) + 1
-    counts = torch.zeros(num_groups, dtype=torch.int64, device=scores.device).index_add_(0, group_index, present.long())
+    counts = group_sum(present.long(), group_index, int(group_index.max()) + 1)
     return present & (counts >= min_scores)[group_index]
 
 
@@ -245,6 +245,48 @@ def count_scored(groups: Sequence[TrainGroup], min_scores: int, user: str) -> De
     return count_trained(groups, [usable_scores(group.scores or (), min_scores) for group in groups])
 
 
+def ranks_of(group: TrainGroup) -> tuple[float, ...] | None:
+    """A group's ranks; a pair without ranks has its better completion first; None for other groups without ranks."""
+    if group.ranks is None and len(group.completion_ids) == 2:
+        return (1.0, 2.0)
+    return group.ranks
+
+
+def count_ranked(groups: Sequence[TrainGroup]) -> Denominators:
+    """Counts ranked sequences of groups that have an ordered pair, and their trained tokens.
+
+    An empty completion counts as a sequence: a score head reads the prompt's last token for it.
+
+    Raises:
+        DataError: A group without ranks that is not a pair.
+    """
+    usable = []
+    for group in groups:
+        ranks = ranks_of(group)
+        if ranks is None:
+            raise DataError(
+                f"prompt {group.uid}",
+                found=f"{len(group.completion_ids)} completions without ranks",
+                needed="one rank per completion (NaN where missing), or a pair with the better one first",
+                action="Rank the group before training.",
+            )
+        has_pair = count_ordered_pairs(ranks) > 0
+        usable.append([has_pair and not math.isnan(rank) for rank in ranks])
+    tokens = count_trained(groups, usable).tokens
+    return Denominators(tokens, float(sum(map(sum, usable))), float(sum(map(any, usable))))
+
+
 def token_metric(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(total, count) of values over True places of the mask, detached."""
     return torch.where(mask, values.detach(), 0.0).sum(), mask.sum().to(values.dtype)
+
+
+def step_metric(share: Tensor, mask: Tensor, denominators: Denominators) -> tuple[Tensor, Tensor]:
+    """Metric of a value that is already divided by global counts: counts are shares of the step and add up to 1.
+
+    Args:
+        share: The micro-batch's share of the step's value. Scalar.
+        mask: The micro-batch's trained tokens. bool [N, T]
+        denominators: The step's counts.
+    """
+    return share.detach(), mask.sum().to(share.dtype) / max(denominators.tokens, 1.0)

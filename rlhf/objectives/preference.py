@@ -1,0 +1,98 @@
+"""Direct preference losses: a policy learns from rankings without a reward model. Legend: N sequences, T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+
+from rlhf.config import StrictModel
+from rlhf.maths.ops import masked_sum
+from rlhf.maths.packing import PackedBatch
+from rlhf.maths.pairs import ordered_pairs
+from rlhf.objectives.base import (
+    Denominators,
+    Head,
+    LossResult,
+    ModelOutputs,
+    TokenSignals,
+    count_ranked,
+    required,
+    trained_mask,
+)
+from rlhf.types import TrainGroup
+
+
+class PreferenceConfig(StrictModel):
+    """The loss of direct preference optimisation."""
+
+    kind: Literal["preference"] = "preference"
+    """Tag of this objective."""
+    variant: Literal["dpo", "ipo"] = "dpo"
+    """``dpo``: logistic loss. ``ipo``: squared distance to a fixed gap, which does not run away on clean labels."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Strength of the pull to the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Chance that a label is wrong (``dpo`` only)."""
+    length_normalised: bool = False
+    """Whether log-probs are averaged over tokens rather than summed, so that length does not pay."""
+
+    @model_validator(mode="after")
+    def _smoothing_belongs_to_dpo(self) -> PreferenceConfig:
+        if self.variant == "ipo" and self.label_smoothing > 0:
+            raise ValueError("label_smoothing goes with variant 'dpo' only")
+        return self
+
+
+class PreferenceObjective:
+    """DPO (Rafailov et al. 2023, eq. 7), smoothed labels (Mitchell 2023) and IPO (Azar et al. 2023, eq. 17).
+
+    With h = (log pi - log ref)(better) - (log pi - log ref)(worse), over the trained tokens of a completion:
+        dpo: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)        ipo: (h - 1 / (2 beta))^2
+    Mean over the ordered pairs of a prompt, then over prompts, so that rankings of more than two serve as well.
+    """
+
+    head: Head = "language_model"
+    needs_reference = True
+    needs_entropy = False
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config = config
+
+    def count(self, groups: Sequence[TrainGroup]) -> Denominators:
+        """Ranked sequences of groups that have an ordered pair."""
+        return count_ranked(groups)
+
+    def loss(
+        self, outputs: ModelOutputs, batch: PackedBatch, signals: TokenSignals, denominators: Denominators
+    ) -> LossResult:
+        """The loss of one micro-batch; ``signals.ranks`` and ``reference_log_probs`` must be set."""
+        config, mask = self.config, trained_mask(batch, signals)
+        log_probs = required(outputs.log_probs, "log_probs", "objective preference")
+        reference = required(signals.reference_log_probs, "reference_log_probs", "objective preference")
+        ranks = required(signals.ranks, "ranks", "objective preference")
+        pairs = ordered_pairs(ranks, batch.group_index, batch.num_groups)
+        gains = masked_sum(log_probs - reference, mask, -1)
+        if config.length_normalised:
+            gains = gains / mask.sum(-1).clamp(min=1)
+        gaps = gains[pairs.better] - gains[pairs.worse]
+        if config.variant == "dpo":
+            smoothing = config.label_smoothing
+            per_pair = -(1 - smoothing) * F.logsigmoid(config.beta * gaps) - smoothing * F.logsigmoid(
+                -config.beta * gaps
+            )
+        else:
+            per_pair = (gaps - 1 / (2 * config.beta)).square()
+        total = (per_pair * pairs.share).sum()
+        fixed, num_pairs = gaps.detach(), pairs.num_pairs.sum()
+        rewards = config.beta * gains.detach()
+        metrics = {
+            "preference_loss": (total.detach(), pairs.share.sum()),
+            "pair_accuracy": ((fixed > 0).to(fixed.dtype).sum() + (fixed == 0).to(fixed.dtype).sum() / 2, num_pairs),
+            "margin": (config.beta * fixed.sum(), num_pairs),
+            "better_reward": (rewards[pairs.better].sum(), num_pairs),
+            "worse_reward": (rewards[pairs.worse].sum(), num_pairs),
+        }
+        return LossResult(total / max(denominators.groups, 1.0), metrics)
