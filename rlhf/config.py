@@ -160,6 +160,9 @@ def _explain(fault: Any, num_faults: int, model: type[BaseModel], document: Any,
     elif kind == "union_tag_not_found":
         path = [*path, context["discriminator"].strip("'")]
         found, needed, action = "nothing", "the key that says which kind this section is", "Add the key."
+    elif kind == "value_error":
+        found = "keys that do not go together" if isinstance(fault["input"], Mapping) else found
+        needed = str(context["error"])
     elif kind == "literal_error":
         action = _closest(str(fault["input"]), [tag.strip(" '") for tag in re.split(",| or ", context["expected"])])
     key = ".".join(path)
@@ -227,4 +230,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def dump(config: BaseModel) -> str:
     """Returns the resolved configuration as YAML that ``load_file`` and ``validate`` read back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
+
+
+def to_yaml(document: Any) -> str:
+    """Returns plain values as YAML that ``parse_yaml`` reads back equal."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

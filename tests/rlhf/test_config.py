@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from rlhf.config import StrictModel, apply_overrides, dump, load_file, merge, parse_yaml, validate
 from rlhf.errors import ConfigError
@@ -44,6 +44,19 @@ class Stage(StrictModel):
     """How the policy learns."""
 
 
+class Span(StrictModel):
+    low: int = 0
+    """Lower end."""
+    high: int = 1
+    """Upper end."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Span:
+        if self.low > self.high:
+            raise ValueError(f"low at most high ({self.high})")
+        return self
+
+
 class Root(StrictModel):
     seed: int = 0
     """Of everything random."""
@@ -55,6 +68,8 @@ class Root(StrictModel):
     """The optimizer."""
     stages: tuple[Stage, ...] = ()
     """What runs, in order."""
+    span: Span = Span()
+    """Two keys that depend on each other."""
     fleets: dict[str, Stage] = {}
     """By role."""
 
@@ -235,6 +250,7 @@ class TestValidation:
             ("stages: [{kind: rl, algorithm: {name: grpo, clip: x}}]", "stages.0.algorithm.clip", "'x'", "Mend"),
             ("optim: {betas: [0.1]}", "optim.betas", "", ""),
             ("optim: 3", "optim", "3", "Mend"),
+            ("span: {low: 4, high: 2}", "span", "do not go together", "Mend"),
         ],
     )
     def test_a_wrong_value_is_named_by_its_key_as_written(self, text, where, found, action):
@@ -242,6 +258,9 @@ class TestValidation:
         assert fault.where.startswith(f"run.yaml: {where}")
         assert found in fault.found
         assert action in fault.action
+
+    def test_a_combination_that_cannot_work_says_what_would(self):
+        assert fault_of("span: {low: 4, high: 2}").needed == "low at most high (2)"
 
     def test_a_fault_from_the_command_line_is_named_too(self):
         assert fault_of("seed: 1", ("optim.lrr=3",)).where == "run.yaml: optim.lrr"

@@ -1,0 +1,334 @@
+"""The run directory: where everything of one run is, who may write there, and whether a config may resume it.
+
+Layout::
+
+    config.yaml environment.json metrics.jsonl events.jsonl timings.json summary.json report.html
+    stages/NAME.json            a finished stage and its results
+    rollouts/ verdicts/ rankings/ groups/ eval/     parquet
+    checkpoints/STAGE/step_N/   see ``rlhf.runs.checkpoint``
+    policy/ reward_model/ policies/STAGE/   Hugging Face layout
+    tensorboard/STAGE/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from rlhf.config import dump, parse_yaml, to_yaml
+from rlhf.errors import ConfigError
+from rlhf.runs.environment import describe_environment
+from rlhf.runs.events import EventLog
+from rlhf.runs.files import TEMPORARY, read_json, write_json, write_text
+from rlhf.runs.redact import redact
+
+RESUMABLE_KEYS = (
+    "**.steps",
+    "**.epochs",
+    "**.evaluate_every",
+    "**.checkpoint_every",
+    "**.keep_checkpoints",
+    "**.*timeout_s",
+    "run_dir",
+    "logging.**",
+    "placement.**",
+    "roles.**",
+    "criteria.**",
+)
+"""Keys that may change when a run is resumed: how long, how often, where, how it is logged and judged in the end.
+``*`` stands for any text inside one part of a dotted key, ``**`` for any number of parts."""
+
+_LOCK = ".lock"
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
+
+
+class RunDirectory:
+    """Paths of a run, and its lock while a driver is at work.
+
+    ``RunDirectory(path)`` only reads. ``RunDirectory.open(...)`` creates or resumes, holds the lock, and is closed by
+    ``close()`` or by leaving its ``with`` block; the system drops the lock of a killed driver by itself.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        config: BaseModel,
+        *,
+        data: Mapping[str, Path] | None = None,
+        resumable: Sequence[str] = RESUMABLE_KEYS,
+    ) -> Self:
+        """Creates the directory, or resumes it if its config allows.
+
+        Args:
+            root: The directory; new, empty or a run's.
+            config: The resolved configuration.
+            data: Data files by name; their fingerprints must not change over a run's life.
+            resumable: Patterns of keys that may differ from the config that the run was started with.
+
+        Raises:
+            ConfigError: Another live driver holds the run, it is not a run directory, or it is a run of another config
+                or of other data (with the differences).
+        """
+        run = cls(root.resolve())
+        with ExitStack() as on_failure:
+            run._acquire()
+            on_failure.callback(run.close)
+            run._write_or_check(config, data or {}, resumable)
+            on_failure.pop_all()
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the lock back; may be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # Paths
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Revision, package versions and data fingerprints of the first start."""
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def timings(self) -> Path:
+        """Seconds per stage and phase so far."""
+        return self.root / "timings.json"
+
+    @property
+    def summary(self) -> Path:
+        """The run's results."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The report as one HTML file."""
+        return self.root / "report.html"
+
+    @property
+    def events(self) -> EventLog:
+        """Faults, restarts, scaling, resumes."""
+        return EventLog(self.root / "events.jsonl")
+
+    @property
+    def rollouts(self) -> Path:
+        """Every sample with its score."""
+        return self.root / "rollouts"
+
+    @property
+    def verdicts(self) -> Path:
+        """Every verdict with its reason."""
+        return self.root / "verdicts"
+
+    @property
+    def rankings(self) -> Path:
+        """Every ranking."""
+        return self.root / "rankings"
+
+    @property
+    def groups(self) -> Path:
+        """Training groups that the feedback stage leaves for the offline stages."""
+        return self.root / "groups"
+
+    @property
+    def eval(self) -> Path:
+        """Completions of the evaluation."""
+        return self.root / "eval"
+
+    @property
+    def policy(self) -> Path:
+        """The trained policy in Hugging Face layout."""
+        return self.root / "policy"
+
+    @property
+    def reward_model(self) -> Path:
+        """The trained reward model in Hugging Face layout."""
+        return self.root / "reward_model"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's own files, one folder per stage."""
+        return self.root / "tensorboard"
+
+    def policy_after(self, stage: str) -> Path:
+        """The policy as an earlier stage left it, for example after supervised fine-tuning."""
+        return self.root / "policies" / _checked(stage)
+
+    def checkpoints(self, stage: str) -> Path:
+        """Checkpoints of one stage."""
+        return self.root / "checkpoints" / _checked(stage)
+
+    def _stage(self, stage: str) -> Path:
+        return self.root / "stages" / f"{_checked(stage)}.json"
+
+    # Stages
+
+    def complete(self, stage: str, results: Mapping[str, Any]) -> None:
+        """Writes that a stage is done, with its results (plain JSON); from now on a resume leaves it out."""
+        write_json(self._stage(stage), {"stage": stage, "completed": time.time(), "results": dict(results)})
+
+    def is_complete(self, stage: str) -> bool:
+        """Whether ``complete`` was called for the stage, in this process or in an earlier one."""
+        return self._stage(stage).is_file()
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """What ``complete`` was given; raises ``RecordError`` where the stage is not done."""
+        results: dict[str, Any] = read_json(self._stage(stage))["results"]
+        return results
+
+    def resolved_config(self) -> dict[str, Any]:
+        """The run's configuration as a plain mapping; raises ``ConfigError`` where this is not a run directory."""
+        if not self.config.is_file():
+            raise ConfigError(
+                str(self.root), found="no config.yaml", needed="a run directory", action="Name the folder of a run."
+            )
+        document: dict[str, Any] = parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
+        return document
+
+    # Opening
+
+    def _acquire(self) -> None:
+        self._check_kind()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            found = error.strerror or str(error)
+            needed, action = "a directory that can be written", "Choose another run_dir or mend the permissions."
+            raise ConfigError(str(self.root), found=found, needed=needed, action=action) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                found, action = f"no file locks ({error.strerror})", "Put run_dir on a filesystem with flock."
+                raise ConfigError(str(self.root), found=found, needed="a lock", action=action) from error
+            raise ConfigError(
+                str(self.root),
+                found=f"another driver at work ({holder.strip() or 'unknown'})",
+                needed="one driver per run directory",
+                action="Wait for it, stop it, or set another run_dir.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")})
+        os.pwrite(descriptor, holder.encode(), 0)
+        self._lock = descriptor
+
+    def _check_kind(self) -> None:
+        needed, action = "a new, empty or run directory", "Set run_dir to another path."
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(str(self.root), found="a file", needed=needed, action=action)
+        if not self.root.is_dir() or self.config.is_file():
+            return
+        others = sorted(p.name for p in self.root.iterdir() if p.name != _LOCK and not p.name.startswith(TEMPORARY))
+        if others:
+            found = f"a directory with {others[0]!r} and no config.yaml"
+            raise ConfigError(str(self.root), found=found, needed=needed, action=action)
+
+    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path], resumable: Sequence[str]) -> None:
+        # Secrets are hidden before the text is parsed back, so both sides of the comparison have them hidden alike.
+        new = redact(parse_yaml(dump(config), "config"))
+        environment = describe_environment(data)
+        if not self.config.is_file():
+            write_json(self.environment, environment)
+            write_text(self.config, to_yaml(new))  # last: its presence makes this a run directory
+            self.events.record("created", packages=environment["packages"])
+            return
+        old = self.resolved_config()
+        changes = config_changes(old, new)
+        refused = [key for key in changes if not _matches_any(key, resumable)]
+        if refused:
+            raise _other_config(self.root, {key: changes[key] for key in refused})
+        before = read_json(self.environment)
+        self._check_data(before.get("data", {}), environment["data"])
+        if changes:
+            write_text(self.config, to_yaml(new))
+        packages = config_changes(before.get("packages", {}), environment["packages"])
+        self.events.record("resumed", config_changes=changes, package_changes=packages)
+
+    def _check_data(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        before, now = ({name: entry["blake2b"] for name, entry in side.items()} for side in (old, new))
+        changes = config_changes(before, now)
+        if changes:
+            raise _other_config(self.root, {f"data.{key}": value for key, value in changes.items()})
+
+
+def _checked(name: str) -> str:
+    """A stage name becomes part of a path, so it must be a plain word."""
+    if not _NAME.match(name):
+        action = "Use letters, digits, '-' and '_'."
+        raise ConfigError("stage name", found=repr(name), needed="a plain word", action=action)
+    return name
+
+
+def config_changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Differences of two plain documents by dotted key; a key on one side only counts as None on the other."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(str(name), old.get(name), new.get(name)) for name in [*old, *(n for n in new if n not in old)]]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(index), left, right) for index, (left, right) in enumerate(zip(old, new, strict=True))]
+    else:
+        return {} if old == new and type(old) is type(new) else {key: (old, new)}
+    changes: dict[str, tuple[Any, Any]] = {}
+    for name, left, right in pairs:
+        changes |= config_changes(left, right, f"{key}.{name}" if key else name)
+    return changes
+
+
+def _matches_any(key: str, patterns: Sequence[str]) -> bool:
+    return any(_matches(key.split("."), pattern.split(".")) for pattern in patterns)
+
+
+def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not key
+    if pattern[0] == "**":
+        return any(_matches(key[start:], pattern[1:]) for start in range(len(key) + 1))
+    return bool(key) and fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
+
+
+def _other_config(root: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
+    lines = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in list(changes.items())[:20])
+    more = f"\n  and {len(changes) - 20} more" if len(changes) > 20 else ""
+    return ConfigError(
+        str(root),
+        found=f"a run of another config:{lines}{more}\n",
+        needed="the same values (only steps, logging, placement and the like may change on resume)",
+        action="Set another run_dir, or put the values back.",
+    )
