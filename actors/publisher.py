@@ -32,7 +32,7 @@ class BucketPublisher:
         self, gang: LearnerGang, fleet: Fleet, event: Event, *, version: int, bucket_bytes: int, timeout_s: float
     ) -> None:
         self._gang = gang
-        self._fleet = fleet
+        self.fleet = fleet
         self._event = event
         self._version = version
         self._bucket_bytes = bucket_bytes
@@ -43,23 +43,23 @@ class BucketPublisher:
         """Returns when every healthy replica serves ``version``; one that failed to take it has left the fleet."""
 
         async def everyone(method: str, *args: Any) -> None:
-            await self._fleet.broadcast(method, *args)
+            await self.fleet.broadcast(method, *args)
 
-        before = len(self._fleet.healthy)
+        before = len(self.fleet.healthy)
         async with self._gang.lock:
             metrics = await self._send(version, everyone)
             self._version = version
-        lost = before - len(self._fleet.healthy)
+        lost = before - len(self.fleet.healthy)
         if lost:
-            self._event("publication_repair", role=self._fleet.role, version=version, num_lost=lost)
-            await self._fleet.scale(before)
+            self._event("publication_repair", role=self.fleet.role, version=version, num_lost=lost)
+            await self.fleet.scale(before)
         return metrics
 
     async def welcome(self, handle: Any) -> None:
         """Gives a newcomer the current weights before it serves."""
 
         async def newcomer(method: str, *args: Any) -> None:
-            where = f"{self._fleet.role}.{method}"
+            where = f"{self.fleet.role}.{method}"
             await await_ref(getattr(handle, method).remote(*args), timeout_s=self._timeout_s, where=where)
 
         async with self._gang.lock:

@@ -60,11 +60,11 @@ async def label(
     prompts: Sequence[Prompt],
     *,
     version: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
 ) -> int:
     """Labels every prompt and returns the number of missing verdicts among the chunks done now.
 
-    Chunks found complete are left alone, so the same call resumes.
+    Chunks found complete are left alone, so the same call resumes. ``progress`` is told the prompts of each chunk.
     """
     size = config.prompts_per_chunk
     num_missing = 0
@@ -84,5 +84,5 @@ async def label(
             ]
             await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
             num_missing += missing
-        progress(start + len(some), len(prompts))
+        progress(len(some))
     return num_missing

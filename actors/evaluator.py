@@ -1,0 +1,124 @@
+"""The evaluator: grades held-out completions next to the record, so that no text passes the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.store import Store
+from rlhf.evaluation.completions import EvalCompletion, to_wide
+from rlhf.evaluation.independent import VaderScorer
+from rlhf.evaluation.report_card import ReportCardConfig, grade
+from rlhf.evaluation.reward_model import pair_accuracy, ranks_from_scores
+from rlhf.runs import tables
+from rlhf.types import GroupHandle, RolloutGroup
+
+Arms = Mapping[str, Sequence[GroupHandle]]
+"""Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` and, with a reward model,
+``reward_model``; ``annotations`` hold the start model's ``reference_log_probs``."""
+
+
+class EvaluatorWorker:
+    """Measures completions with the independent scorer and summarises them.
+
+    Args:
+        run_dir: The run directory; ``eval/completions.parquet`` is written there.
+        store: Where groups live.
+        config: Intervals and signs.
+        slice_field: Prompt field that names the slice.
+        subject_field: Prompt field that names what a text has to be about.
+    """
+
+    def __init__(
+        self, run_dir: Path, store: Store, config: ReportCardConfig, *, slice_field: str, subject_field: str
+    ) -> None:
+        self._run_dir = run_dir
+        self._store = store
+        self._config = config
+        self._slice_field = slice_field
+        self._subject_field = subject_field
+        self._scorer = VaderScorer()
+
+    def start(self) -> None:
+        """Answers when the worker is up."""
+
+    def stop(self) -> None:
+        """Nothing to give back."""
+
+    def evaluate(self, arms: Arms, num_samples: int) -> dict[str, Any]:
+        """Writes the table and returns ``EvalSummary`` as plain JSON.
+
+        Args:
+            arms: ``before`` may have more siblings than ``num_samples``: the first ones are the arm itself, and the
+                best of all of them by the reward model is the arm ``best_of_n``.
+            num_samples: Completions per prompt in an arm.
+        """
+        rows: list[EvalCompletion] = []
+        for arm, groups in arms.items():
+            for handle in groups:
+                siblings = self._rows(arm, handle)
+                rows += siblings[:num_samples]
+                if len(siblings) > num_samples:
+                    rows += _best(siblings)
+        tables.write_table(self._run_dir / "eval" / "completions.parquet", to_wide(rows), tables.EVAL)
+        return grade(rows, self._config).model_dump(mode="json")
+
+    def judge_agreement(self, groups: Sequence[GroupHandle]) -> dict[str, float]:
+        """Share of sibling pairs that the judge orders as the independent scorer does, as an ``Interval``.
+
+        Args:
+            groups: Their scores are the judge's margins towards what was asked.
+        """
+        judged, independent = [], []
+        for handle in groups:
+            group: RolloutGroup = self._store.get(handle.payload)
+            sign = self._config.independent.request_signs[group.prompt.fields[self._slice_field]]
+            texts = [rollout.completion.text for rollout in group.rollouts]
+            independent.append(ranks_from_scores([sign * value for value in self._scorer.score(texts)]))
+            judged.append([score.value for score in handle.scores])
+        return pair_accuracy(judged, independent, self._config.bootstrap).model_dump()
+
+    def _rows(self, arm: str, handle: GroupHandle) -> list[EvalCompletion]:
+        group: RolloutGroup = self._store.get(handle.payload)
+        fields = group.prompt.fields
+        reference = self._store.get(handle.annotations["reference_log_probs"])
+        compounds = self._scorer.score([rollout.completion.text for rollout in group.rollouts])
+        rows = []
+        for sample, rollout in enumerate(group.rollouts):
+            completion = rollout.completion
+            parts = handle.scores[sample].components
+            start = np.asarray(reference[sample], np.float64)
+            own = np.asarray(completion.log_probs, np.float64)
+            rows.append(
+                EvalCompletion(
+                    uid=group.prompt.uid,
+                    sample=sample,
+                    arm=arm,
+                    prompt=tables.prompt_text(group.prompt),
+                    request=fields[self._slice_field],
+                    subject=fields.get(self._subject_field, ""),
+                    keywords=fields.get("keywords", ""),
+                    text=completion.text,
+                    num_tokens=len(completion.token_ids),
+                    finish_reason=completion.finish_reason,
+                    vader=compounds[sample],
+                    judge_margin=parts.get("judge_margin"),
+                    reward_model=parts.get("reward_model"),
+                    kl_per_token=float((own - start).mean()),
+                    nll_start=float(-start.mean()),
+                )
+            )
+        return rows
+
+
+def _best(siblings: Sequence[EvalCompletion]) -> list[EvalCompletion]:
+    import dataclasses
+
+    scored = [row for row in siblings if row.reward_model is not None]
+    if not scored:
+        return []
+    best = max(scored, key=lambda row: (row.reward_model, -row.sample))
+    return [dataclasses.replace(best, arm="best_of_n", sample=0)]

@@ -1,0 +1,214 @@
+"""One rank of an offline stage, as Ray Train starts it: the offline loop around a ``LearnerWorker``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.settings import LearnerConfig
+from rlhf.data.groups import best_completions, preference_pairs, read_groups, split_held_out
+from rlhf.errors import DataError
+from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, num_steps, train_offline
+from rlhf.objectives.config import ObjectiveConfig
+from rlhf.runs import checkpoint
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.metrics import MetricsLogger
+from rlhf.types import TrainGroup
+
+
+@dataclass(frozen=True)
+class OfflineJob:
+    """What every rank of one offline stage is told.
+
+    Attributes:
+        kind: ``sft``, ``reward`` or ``preference``.
+        learner: Its model is where training starts.
+        objective: The loss.
+        loop: Epochs and batches.
+        run_dir: The run directory.
+        stage: Names checkpoints, metrics and results.
+        target: Where the trained model goes.
+        groups: A records file, or the folder of the feedback stage's training groups.
+        held_out_fraction: Share of the prompts that is kept for evaluation.
+        min_score: Least judge score of a completion for rejection sampling.
+        max_sequence_tokens: Longest prompt and completion together.
+        seed: Of split, order and fresh heads.
+        threads: Compute threads; None takes all cores.
+        accelerator: ``cpu`` or ``cuda``.
+    """
+
+    kind: str
+    learner: LearnerConfig
+    objective: ObjectiveConfig
+    loop: OfflineConfig
+    run_dir: Path
+    stage: str
+    target: Path
+    groups: Path
+    held_out_fraction: float
+    min_score: float
+    max_sequence_tokens: int
+    seed: int
+    threads: int | None
+    accelerator: str
+
+
+def load_groups(job: OfflineJob) -> tuple[list[TrainGroup], list[TrainGroup]]:
+    """The (training, held-out) groups, the same in every rank."""
+    if job.groups.is_dir():
+        groups = read_groups(sorted(job.groups.glob("*.parquet")))
+        if job.kind == "sft":
+            groups = best_completions(groups, min_score=job.min_score)
+        elif job.kind == "preference":
+            groups = preference_pairs(groups)
+    else:
+        from rlhf.data.supervised import load_supervised
+        from rlhf.models.load import load_tokenizer
+
+        groups = load_supervised(job.groups, load_tokenizer(job.learner.model.path), job.max_sequence_tokens)
+    if len(groups) < 2:
+        raise DataError(
+            f"stage {job.stage}: {job.groups}",
+            found=f"{len(groups)} groups to learn from",
+            needed="at least 2",
+            action="Collect more feedback, or lower min_score.",
+        )
+    return split_held_out(groups, job.held_out_fraction, seed=job.seed)
+
+
+def train_rank(config: Mapping[str, Any]) -> None:
+    """Entry point of each rank; Ray Train has set up the process group."""
+    import ray.train
+
+    from actors.learner import LearnerWorker, RankInfo
+    from actors.store import LocalStore
+
+    job: OfflineJob = config["job"]
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    groups, held_out = load_groups(job)
+    check_batches(len(groups), job.loop, num_ranks, f"stage {job.stage}")
+    worker = LearnerWorker(
+        config=job.learner,
+        store=LocalStore(),
+        rank=RankInfo(rank=rank, world_size=num_ranks, threads=job.threads),
+        objective=job.objective,
+        total_steps=num_steps(len(groups), job.loop),
+    )
+    worker.start()
+    session = _Session(job, worker, rank)
+    first_step = session.resume()
+    done = train_offline(
+        worker,
+        groups,
+        held_out,
+        job.loop,
+        session.hooks(),
+        rank=rank,
+        num_ranks=num_ranks,
+        seed=job.seed,
+        first_step=first_step,
+    )
+    if done == num_steps(len(groups), job.loop):
+        session.finish(held_out, num_groups=len(groups))
+    worker.stop()
+
+
+class _Session:
+    """One rank's bookkeeping. Files are written by rank 0; every rank takes part in what is collective."""
+
+    def __init__(self, job: OfflineJob, worker: Any, rank: int) -> None:
+        self._job = job
+        self._worker = worker
+        self._rank = rank
+        self._run = RunDirectory(job.run_dir)
+        self._checkpoints = self._run.checkpoints(job.stage)
+        self._metrics = MetricsLogger(self._run.metrics, tensorboard=self._run.tensorboard) if rank == 0 else None
+
+    def hooks(self) -> OfflineHooks:
+        return OfflineHooks(self._log, self._save, self._should_stop)
+
+    def resume(self) -> int:
+        """Loads the newest verified checkpoint on every rank and returns its step, 0 where there is none."""
+        found = checkpoint.load_latest(self._checkpoints) if self._rank == 0 else None
+        path, step = self._worker.broadcast((found.path, found.step) if found else (None, 0))
+        if path is not None:
+            self._worker.load(path)
+        if self._metrics is not None:
+            self._metrics.resume(self._job.stage, step)
+        return int(step)
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.log(self._job.stage, step, metrics)
+
+    def _should_stop(self) -> bool:
+        return bool(self._worker.broadcast((self._job.run_dir / "control" / "stop").exists()))
+
+    def _save(self, step: int) -> None:
+        """All ranks write into a staging folder; rank 0 then makes a checkpoint of it."""
+        staging = self._checkpoints / f".staging_{step}"
+        if self._rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._worker.barrier()
+        self._worker.save(staging)
+        self._worker.barrier()
+        if self._rank == 0:
+
+            def write(directory: Path) -> None:
+                for entry in staging.iterdir():
+                    entry.rename(directory / entry.name)
+
+            checkpoint.save(self._checkpoints, step, write, state={}, keep=1)
+            staging.rmdir()
+        self._worker.barrier()
+
+    def finish(self, held_out: Sequence[TrainGroup], num_groups: int) -> None:
+        """Measures on the held-out groups, exports the model, writes the results for the driver."""
+        results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out)}
+        if self._job.kind == "reward":
+            results |= reward_results(self._worker, held_out)
+        partial = self._job.target.with_name(f".{self._job.target.name}")
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._worker.barrier()
+        self._worker.export(partial)
+        self._worker.barrier()
+        if self._rank == 0:
+            shutil.rmtree(self._job.target, ignore_errors=True)
+            partial.rename(self._job.target)
+            _results_path(self._job).parent.mkdir(parents=True, exist_ok=True)
+            _results_path(self._job).write_text(json.dumps(results), encoding="utf-8")
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def reward_results(worker: Any, held_out: Sequence[TrainGroup]) -> dict[str, Any]:
+    """Pair accuracy and Kendall tau with intervals on rankings that the reward model has not seen."""
+    from rlhf.evaluation.bootstrap import BootstrapConfig
+    from rlhf.evaluation.reward_model import kendall_tau, pair_accuracy, pair_outcomes
+
+    scores = worker.sequence_scores(held_out)
+    ranks = [group.ranks or () for group in held_out]
+    config = BootstrapConfig()
+    return {
+        "pair_accuracy": pair_accuracy(scores, ranks, config).model_dump(),
+        "kendall_tau": kendall_tau(scores, ranks, config).model_dump(),
+        "num_pairs": sum(len(pair_outcomes(s, r)) for s, r in zip(scores, ranks, strict=True)),
+    }
+
+
+def _results_path(job: OfflineJob) -> Path:
+    return job.run_dir / "checkpoints" / job.stage / "results.json"
+
+
+def read_results(job: OfflineJob) -> dict[str, Any]:
+    """What rank 0 left for the driver."""
+    results: dict[str, Any] = json.loads(_results_path(job).read_text(encoding="utf-8"))
+    return results

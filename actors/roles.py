@@ -1,0 +1,122 @@
+"""The seams of ``rlhf.protocols`` over fleets: what loops call, and which worker method answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.calls import await_ref
+from actors.fleet import Fleet
+from rlhf.types import GroupHandle, Prompt, Ranking, Score, Verdict
+
+Meter = Callable[[str, int, float], None]
+"""Receives a role, the tokens it worked through and the seconds that took."""
+
+
+class FleetGenerator:
+    """``Generator`` over ``GenerationWorker`` replicas: one contiguous share of the prompts each, in index order."""
+
+    def __init__(self, fleet: Fleet, meter: Meter) -> None:
+        self._fleet = fleet
+        self._meter = meter
+
+    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+        """See ``Generator.generate``."""
+        began = time.monotonic()
+        groups: list[GroupHandle] = await self._fleet.scatter_stream("stream", list(prompts), num_samples, version)
+        tokens = sum(length for group in groups for length in group.completion_lengths)
+        self._meter(self._fleet.role, tokens, time.monotonic() - began)
+        return groups
+
+
+class FleetJudge:
+    """``Judge`` and ``RewardSource`` over ``JudgeWorker`` replicas, under one constitution."""
+
+    name = "judge"
+
+    def __init__(self, fleet: Fleet, constitution: str, meter: Meter) -> None:
+        self._fleet = fleet
+        self._constitution = constitution
+        self._meter = meter
+
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
+        """See ``Judge.judge``."""
+        began = time.monotonic()
+        verdicts: list[tuple[Verdict, ...]] = await self._fleet.scatter("judge", list(groups), self._constitution)
+        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
+        return verdicts
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        """See ``RewardSource.score``: signed, centred margins."""
+        began = time.monotonic()
+        scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups), self._constitution)
+        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
+        return scores
+
+
+class FleetScorer:
+    """``RewardSource`` over ``ScorerWorker`` or rule replicas."""
+
+    def __init__(self, name: str, fleet: Fleet, meter: Meter) -> None:
+        self.name = name
+        self._fleet = fleet
+        self._meter = meter
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        """See ``RewardSource.score``."""
+        began = time.monotonic()
+        scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups))
+        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
+        return scores
+
+
+class FleetAnnotator:
+    """``Annotator`` over ``ReferenceWorker`` replicas."""
+
+    def __init__(self, fleet: Fleet, meter: Meter) -> None:
+        self._fleet = fleet
+        self._meter = meter
+
+    async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
+        """See ``Annotator.annotate``."""
+        began = time.monotonic()
+        annotated: list[GroupHandle] = await self._fleet.scatter("annotate", list(groups))
+        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
+        return annotated
+
+
+class RemoteRecorder:
+    """``Recorder`` and ``LabelRecorder`` over the one ``RecorderWorker`` of a run.
+
+    Args:
+        handle: The actor; it owns every rollout in the object store, so it lives as long as the run.
+        timeout_s: Longest wait for a write.
+    """
+
+    def __init__(self, handle: Any, *, timeout_s: float = 600.0) -> None:
+        self.handle = handle
+        self._timeout_s = timeout_s
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Calls one method of the worker."""
+        ref = getattr(self.handle, method).remote(*args)
+        return await await_ref(ref, timeout_s=self._timeout_s, where=f"recorder.{method}")
+
+    async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
+        """See ``Recorder.record``."""
+        await self.call("record", step, list(groups))
+
+    async def record_chunk(
+        self,
+        chunk: int,
+        groups: Sequence[GroupHandle],
+        verdicts: Sequence[Sequence[Verdict]],
+        rankings: Sequence[Ranking],
+    ) -> None:
+        """See ``LabelRecorder.record_chunk``."""
+        await self.call("record_chunk", chunk, list(groups), list(verdicts), list(rankings))
+
+    async def has_chunk(self, chunk: int) -> bool:
+        """See ``LabelRecorder.has_chunk``."""
+        return bool(await self.call("has_chunk", chunk))

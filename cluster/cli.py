@@ -1,0 +1,99 @@
+"""The command line. Imports are made where they are used: help and configuration errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.errors import RlhfError
+
+EPILOG = "exit codes: 0 finished, 1 training failed, 2 configuration or data, 3 placement, 130/143 stopped by a signal"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf", description="Turns a base language model into one that people prefer.", epilog=EPILOG
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run all stages of a config, or resume where the run left off")
+    _config_arguments(run)
+    run.add_argument("--stage", help="run this stage only, by name")
+
+    plan = commands.add_parser("plan", help="roles -> devices, and whether they fit, before anything is loaded")
+    _config_arguments(plan)
+
+    scale = commands.add_parser("scale", help="change the replicas of stateless roles while a run goes on")
+    scale.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    scale.add_argument("roles", nargs="+", metavar="ROLE=N", help="for example generation=3 judge=2")
+
+    report = commands.add_parser("report", help="write RUN/report.html")
+    report.add_argument("run", type=Path, metavar="RUN", help="run directory")
+
+    judge = commands.add_parser("judge-eval", help="measure the judge of a config on hand-labelled texts")
+    _config_arguments(judge)
+    judge.add_argument("--data", type=Path, required=True, help="JSONL with text and label (positive, negative)")
+
+    commands.add_parser("doctor", help="what this machine can run, and what is wrong with it")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML recipe, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example stages.3.loop.steps=4")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; an error of ours is one line on standard error, no traceback."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest  # overrides that stand behind an option
+    try:
+        return _dispatch(arguments)
+    except RlhfError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "doctor":
+        from cluster.doctor import main as doctor
+
+        return doctor()
+    if arguments.command == "report":
+        from rlhf.runs.report import write_report
+
+        print(write_report(arguments.run))
+        return 0
+    if arguments.command == "scale":
+        from cluster.control import parse_scale, request_scale
+
+        request_scale(arguments.run, parse_scale(arguments.roles))
+        return 0
+
+    from cluster.config import load_run_config
+
+    config = load_run_config(arguments.config, arguments.overrides)
+    if arguments.command == "plan":
+        from cluster.planning import print_plan
+
+        return print_plan(config)
+    if arguments.command == "judge-eval":
+        from cluster.judge_eval import evaluate_judge
+
+        return evaluate_judge(config, arguments.data)
+    from cluster.runner import run
+
+    return run(config, only=arguments.stage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

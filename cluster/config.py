@@ -1,0 +1,214 @@
+"""The root of the configuration: what one recipe file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.roles import Roles
+from cluster.stages.evaluate import EvaluateStage
+from cluster.stages.feedback import FeedbackStage
+from cluster.stages.offline import PreferenceStage, RewardStage, SupervisedStage
+from cluster.stages.online import OnlineStage
+from cluster.topology import Resources, RolePlan
+from rlhf.config import StrictModel, apply_overrides, load_file, validate
+from rlhf.data.prompts import PromptDataConfig
+from rlhf.evaluation.criteria import CriteriaConfig
+from rlhf.sampling import SamplingConfig
+
+Stage = Annotated[
+    FeedbackStage | RewardStage | SupervisedStage | PreferenceStage | OnlineStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
+
+
+class DataConfig(StrictModel):
+    """The prompts, by what they are for. No prompt of ``evaluation`` plays any part in training."""
+
+    train: PromptDataConfig | None = None
+    """Answered, judged and learned from."""
+    validation: PromptDataConfig | None = None
+    """Sampled while training to choose the best checkpoint."""
+    evaluation: PromptDataConfig | None = None
+    """Sampled before and after training, and nowhere else."""
+
+
+class ConstitutionPaths(StrictModel):
+    """The judge's constitutions."""
+
+    training: Path | None = None
+    """Gives the verdicts that are learned from."""
+    evaluation: Path | None = None
+    """Another wording, for the evaluation only."""
+
+
+class RayConfig(StrictModel):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """Cluster to join, for example ``auto``; unset starts a private one on this machine."""
+    num_cpus: float | None = None
+    """CPUs that a private cluster offers; unset: the machine's cores."""
+    object_store_gib: float | None = Field(default=1.0, gt=0)
+    """Shared memory that a private cluster keeps for objects, GiB."""
+
+
+class RunConfig(StrictModel):
+    """One recipe."""
+
+    name: str = Field(min_length=1)
+    """Names the recipe in the record."""
+    seed: int = 0
+    """Seed of everything random."""
+    run_dir: Path | None = None
+    """Where the run is kept; unset: ``runs/NAME``."""
+    model: str
+    """The model to start from: a folder, a hub id, or ``package:NAME`` for a GGUF file in an installed package."""
+    max_sequence_tokens: int = Field(default=1024, ge=8)
+    """Longest prompt and completion together; longer prompts are refused with their line."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the policy draws, in every stage."""
+    data: DataConfig = DataConfig()
+    """Prompts."""
+    constitutions: ConstitutionPaths = ConstitutionPaths()
+    """What the judge is told."""
+    roles: Roles = Roles()
+    """How many of each role, where, with what."""
+    recorder: Resources = Resources(cpus=0.1)
+    """What the recorder and the evaluator take."""
+    gate: Literal["exclusive", "open"] = "exclusive"
+    """``exclusive``: one role computes at a time, with all cores. ``open``: every role has devices of its own."""
+    stages: list[Stage] = Field(min_length=1)
+    """What is done, in order."""
+    criteria: CriteriaConfig | None = None
+    """Bars that the evaluation is held against; they are reported and do not fail the run."""
+    ray: RayConfig = RayConfig()
+    """The Ray cluster."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages named {twice[0]!r}: give one of them another name")
+        if self.sampling.max_tokens >= self.max_sequence_tokens:
+            raise ValueError(f"max_sequence_tokens above sampling.max_tokens ({self.sampling.max_tokens})")
+        if self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
+            raise ValueError("roles.generation.engine.max_model_len at least max_sequence_tokens")
+        for stage in self.stages:
+            _check_stage(self, stage)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.run_dir or Path("runs") / self.name
+
+    def count(self, role: str) -> int:
+        """Actors of a role at the start."""
+        return 1 if role in ("recorder", "evaluator", "rules") else self.roles.plan(role).count
+
+    def plans(self) -> list[RolePlan]:
+        """The bundles of every role that some stage needs."""
+        needed = sorted({role for stage in self.stages for role in roles_of(self, stage)})
+        plans = [RolePlan("recorder", 1, self.recorder.cpus, self.recorder.gpus, self.recorder.strategy)]
+        return plans + [self.roles.plan(role) for role in needed]
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt that leaves room for a whole completion."""
+        return self.max_sequence_tokens - self.sampling.max_tokens
+
+    def resources(self, role: str) -> Resources:
+        """What one actor of a role takes."""
+        if role in ("recorder", "evaluator", "rules"):
+            return self.recorder
+        resources: Resources = getattr(self.roles, role).resources
+        return resources
+
+
+def roles_of(config: RunConfig, stage: Stage) -> set[str]:
+    """The roles that a stage starts."""
+    match stage:
+        case FeedbackStage():
+            return {"generation", "judge"} if stage.source == "judge" else set()
+        case OnlineStage():
+            sources = {"reward_model": "scorer", "judge": "judge"}
+            roles = {"generation", "learner"} | {sources[p.source] for p in stage.rewards if p.source in sources}
+            roles |= {"critic"} if stage.critic is not None else set()
+            return roles | ({"reference"} if stage.learner.model.adapter is None else set())
+        case EvaluateStage():
+            rewarded = any(isinstance(other, RewardStage) for other in config.stages)
+            return {"generation", "judge", "reference"} | ({"scorer"} if rewarded else set())
+        case _:
+            return {"learner"}
+
+
+def _check_stage(config: RunConfig, stage: Stage) -> None:
+    """Combinations that cannot work, found before anything is loaded."""
+    needs: dict[str, bool] = {}
+    if isinstance(stage, FeedbackStage) and stage.source == "judge":
+        needs = {"data.train": config.data.train is None, "constitutions.training": not config.constitutions.training}
+    if isinstance(stage, OnlineStage):
+        evaluates = stage.loop.evaluate_every > 0
+        judged = any(part.source == "judge" for part in stage.rewards)
+        needs = {
+            "data.train": config.data.train is None,
+            "data.validation (for loop.evaluate_every)": evaluates and config.data.validation is None,
+            "constitutions.training (for the judge's reward)": judged and not config.constitutions.training,
+            "critic (the algorithm has one)": stage.algorithm.name == "ppo" and stage.critic is None,
+        }
+        if stage.loop.prompts_per_step < config.roles.learner.ranks:
+            raise ValueError(f"stage {stage.name}: loop.prompts_per_step at least roles.learner.ranks")
+        if stage.algorithm.name in ("grpo", "rloo") and stage.loop.num_samples < 2:
+            raise ValueError(f"stage {stage.name}: loop.num_samples of at least 2 for {stage.algorithm.name}")
+    if isinstance(stage, EvaluateStage):
+        needs = {
+            "data.evaluation": config.data.evaluation is None,
+            "constitutions.evaluation": not config.constitutions.evaluation,
+        }
+    missing = [key for key, is_missing in needs.items() if is_missing]
+    if missing:
+        raise ValueError(f"stage {stage.name} needs {missing[0]}")
+
+
+def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a recipe. Paths inside it are relative to its folder and come out absolute.
+
+    Raises:
+        ConfigError: The first fault, with file and key.
+    """
+    document = apply_overrides(load_file(path), overrides)
+    document.setdefault("name", path.stem)
+    config = validate(RunConfig, document, str(path))
+    return _anchored(config, path.resolve().parent)
+
+
+def _anchored(config: RunConfig, base: Path) -> RunConfig:
+    """Makes the paths of data files and constitutions absolute, so that the kept config runs from anywhere."""
+
+    def absolute(value: Path | None) -> Path | None:
+        return None if value is None else (base / value).resolve()
+
+    data = {
+        name: section.model_copy(update={"path": str(absolute(Path(section.path)))})
+        for name in ("train", "validation", "evaluation")
+        if (section := getattr(config.data, name)) is not None
+    }
+    stages: list[Any] = [
+        stage.model_copy(update={"path": absolute(stage.path)})
+        if isinstance(stage, FeedbackStage | SupervisedStage)
+        else stage
+        for stage in config.stages
+    ]
+    constitutions = {name: absolute(getattr(config.constitutions, name)) for name in ("training", "evaluation")}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "stages": stages,
+            "constitutions": config.constitutions.model_copy(update=constitutions),
+        }
+    )

@@ -1,0 +1,305 @@
+"""What stages share: configuration, run directory, records, and the fleets, each started when first needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.fleet import Fleet, FleetLimits
+from actors.gang import LearnerGang
+from actors.learner import LearnerWorker
+from actors.ranks import RankInfo
+from actors.recorder import RecorderWorker
+from actors.roles import RemoteRecorder
+from actors.settings import LearnerConfig
+from actors.store import RayStore
+from cluster.config import RunConfig
+from cluster.control import clear_stop, read_scale, request_stop
+from cluster.placement import RUN_MARK, Placer, connect, disconnect, free_nodes
+from cluster.roles import LearnerRole
+from cluster.topology import assign
+from rlhf.errors import RlhfError
+from rlhf.loops.gate import BudgetGate
+from rlhf.models.resolve import resolve_model
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.files import read_json, write_json
+from rlhf.runs.memory import MemorySampler
+from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.timings import Timings
+from rlhf.types import Prompt
+
+SHARING_ROLES = ("generation", "judge", "scorer", "reference", "critic", "learner", "publish")
+"""Roles that the exclusive gate lets compute one at a time."""
+
+
+class StopRequestedError(RlhfError):
+    """A signal asked the run to stop; what was done is saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The policy as it stands between stages: a Hugging Face folder and the version that its weights carry."""
+
+    path: Path
+    version: int
+
+
+class TimedGate:
+    """A gate that also adds each hold to the timings, as ``STAGE/ROLE``; the wait for the gate is not counted."""
+
+    def __init__(self, gate: BudgetGate, timings: Timings, stage: str) -> None:
+        self._gate = gate
+        self._timings = timings
+        self._stage = stage
+
+    @contextlib.asynccontextmanager
+    async def hold(self, role: str) -> AsyncIterator[None]:
+        """See ``PhaseGate.hold``."""
+        async with self._gate.hold(role):
+            with self._timings.phase(f"{self._stage}/{role}"):
+                yield
+
+
+@dataclass
+class RunContext:
+    """Owner of everything that outlives a stage.
+
+    Attributes:
+        config: The resolved configuration.
+        run: The run directory, locked by this driver.
+        start: The model that the run started from.
+        policy: The policy after the stages done so far.
+        timings: Seconds and tokens by stage and role.
+        metrics: ``metrics.jsonl`` and TensorBoard.
+        gate: Who may compute.
+        inputs: Prompts by purpose.
+        stopping: Set by the first SIGTERM or SIGINT.
+        serving: What the generation fleet holds; None while a learner publishes to it.
+        reference: What the reference fleet holds.
+    """
+
+    config: RunConfig
+    run: RunDirectory
+    start: Policy
+    policy: Policy
+    timings: Timings
+    metrics: MetricsLogger
+    gate: BudgetGate
+    inputs: Mapping[str, list[Prompt]]
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: Policy | None = None
+    reference: Policy | None = None
+    _fleets: dict[str, Fleet] = field(default_factory=dict)
+    _placers: dict[str, Placer] = field(default_factory=dict)
+    _recorder: RemoteRecorder | None = None
+
+    # Records
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes one line of ``events.jsonl``."""
+        self.run.events.record(kind, **fields)
+
+    def on_checkpoint_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Receives what loading a checkpoint has to say."""
+        self.event(kind, **fields)
+
+    async def recorder(self) -> RemoteRecorder:
+        """The actor that writes samples to parquet and owns what roles put into the object store."""
+        if self._recorder is None:
+            placer = self._placers["recorder"] = Placer("recorder", self.config.recorder, 1)
+            handle = placer.spawn(RecorderWorker, {"run": self.run.root, "store": RayStore()})
+            self._recorder = RemoteRecorder(handle)
+            await self._recorder.call("ping")
+        return self._recorder
+
+    async def store(self) -> RayStore:
+        """The object store, with the recorder as owner of what is put."""
+        return RayStore((await self.recorder()).handle)
+
+    def prompts(self, purpose: str) -> list[Prompt]:
+        """The prompts of ``train``, ``validation`` or ``evaluation``."""
+        return self.inputs[purpose]
+
+    def timed_gate(self, stage: str) -> TimedGate:
+        """The gate, adding up the seconds of a stage's phases."""
+        return TimedGate(self.gate, self.timings, stage)
+
+    # Models
+
+    def at(self, learner: LearnerConfig, path: Path) -> LearnerConfig:
+        """A learner's settings on the model at ``path``."""
+        return learner.model_copy(update={"model": learner.model.model_copy(update={"path": str(path)})})
+
+    def at_policy(self, learner: LearnerConfig) -> LearnerConfig:
+        """A learner's settings on the policy as it stands."""
+        return self.at(learner, self.policy.path)
+
+    def at_start(self, learner: LearnerConfig) -> LearnerConfig:
+        """A learner's settings on the start model."""
+        return self.at(learner, self.start.path)
+
+    def resolved(self, model: str) -> Path:
+        """The local folder of a model reference."""
+        return resolve_model(model)
+
+    @property
+    def accelerator(self) -> str:
+        """DeepSpeed's accelerator: ``cuda`` where learners take GPUs, else ``cpu``."""
+        return "cuda" if self.config.roles.learner.resources.gpus else "cpu"
+
+    def forget_serving(self) -> None:
+        """The generation fleet no longer holds the weights of any folder."""
+        self.serving = None
+        if "generation" in self._fleets:
+            self._fleets["generation"].welcome = None
+
+    # Fleets
+
+    def has_fleet(self, role: str) -> bool:
+        """Whether the role's fleet runs."""
+        return role in self._fleets
+
+    async def fleet(self, role: str, worker: type, kwargs: Mapping[str, Any]) -> Fleet:
+        """The fleet of a role, started on first use with as many replicas as the config or ``rlhf scale`` says."""
+        if role in self._fleets:
+            return self._fleets[role]
+        count = self.config.count(role)
+        wanted = read_scale(self.run.root).get(role, count)
+        resources = self.config.resources(role)
+        placer = self._placers[role] = Placer(role, resources, wanted)
+        limits = FleetLimits(resources.start_timeout_s, resources.call_timeout_s, resources.max_restarts)
+        fleet = Fleet(role, lambda index: placer.spawn(worker, kwargs), placer.retire, self.event, limits)
+        self._fleets[role] = fleet
+        async with self.gate.hold(role):  # loading and warming up use all cores too
+            with self.timings.phase(f"start/{role}"):
+                await fleet.scale(wanted)
+        return fleet
+
+    async def release(self, role: str) -> None:
+        """Ends a role's fleet and gives its placement back; nothing happens where there is none."""
+        fleet = self._fleets.pop(role, None)
+        if fleet is not None:
+            await fleet.stop()
+            self._placers.pop(role).close()
+
+    def gang(self, role: str, kwargs: Mapping[str, Any]) -> AbstractAsyncContextManager[LearnerGang]:
+        """A learner gang for the length of a block; ``store`` and ``rank`` are added to every rank's arguments."""
+        return self._gang(role, kwargs)
+
+    @contextlib.asynccontextmanager
+    async def _gang(self, role: str, kwargs: Mapping[str, Any]) -> AsyncIterator[LearnerGang]:
+        section: LearnerRole = getattr(self.config.roles, role)
+        resources = section.resources
+        placer = Placer(role, resources, section.ranks)
+        common = dict(kwargs) | {"store": await self.store()}
+        gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s)
+        try:
+            for rank in range(section.ranks):
+                info = RankInfo(
+                    rank=rank,
+                    world_size=section.ranks,
+                    threads=resources.threads or os.cpu_count() or 1,
+                    device="cuda" if resources.gpus else "cpu",
+                )
+                variables = {"DS_ACCELERATOR": self.accelerator}
+                gang.ranks.append(placer.spawn(LearnerWorker, common | {"rank": info}, variables))
+            if section.ranks > 1:
+                address, port = (await gang.call("rendezvous"))[0]
+                await gang.call("join", lambda rank: (address, port))
+            async with self.gate.hold(role):
+                with self.timings.phase(f"start/{role}"):
+                    await gang.start()
+            yield gang
+            await gang.stop()
+        finally:
+            gang.kill()
+            placer.close()
+
+    async def watch_control(self, interval_s: float = 1.0) -> None:
+        """Scales fleets as ``rlhf scale`` asks, for as long as the run goes on."""
+        asked: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(interval_s)
+            for role, wanted in read_scale(self.run.root).items():
+                if role in self._fleets and asked.get(role) != wanted:
+                    asked[role] = wanted
+                    self.event("scaling", role=role, replicas=wanted)
+                    await self._fleets[role].scale(wanted)
+
+    def request_stop(self) -> None:
+        """Asks the stage to save and end; ranks under Ray Train see it through the control folder."""
+        self.stopping.set()
+        request_stop(self.run.root)
+
+    async def close(self) -> None:
+        """Ends every fleet and the recorder."""
+        for role in list(self._fleets):
+            await self.release(role)
+        if self._recorder is not None:
+            self._placers.pop("recorder").close()
+        self.metrics.close()
+        self.timings.write()
+
+
+@contextlib.asynccontextmanager
+async def open_context(
+    config: RunConfig, run: RunDirectory, inputs: Mapping[str, list[Prompt]]
+) -> AsyncIterator[RunContext]:
+    """Joins or starts the cluster, checks by arithmetic that the roles fit, and ends everything at the block's end."""
+    clear_stop(run.root)
+    object_store = config.ray.object_store_gib
+    connect(
+        config.ray.address,
+        num_cpus=config.ray.num_cpus,
+        object_store_bytes=None if object_store is None else int(object_store * 2**30),
+    )
+    try:
+        assign(config.plans(), free_nodes())
+        start = Policy(resolve_model(config.model), 0)
+        context = RunContext(
+            config=config,
+            run=run,
+            start=start,
+            policy=latest_policy(config, run, start),
+            timings=Timings(run.timings),
+            metrics=MetricsLogger(run.metrics, tensorboard=run.tensorboard),
+            gate=BudgetGate({role: 1.0 for role in SHARING_ROLES} if config.gate == "exclusive" else {}),
+            inputs=inputs,
+        )
+        watch = asyncio.create_task(context.watch_control())
+        with MemorySampler(marker=os.environ[RUN_MARK], initial_gib=read_peak_memory(run)) as memory:
+            try:
+                yield context
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
+                await context.close()
+                write_peak_memory(run, memory.stop())
+    finally:
+        disconnect()
+
+
+def read_peak_memory(run: RunDirectory) -> float:
+    """The highest memory that earlier drivers of this run saw, GiB."""
+    path = run.root / "memory.json"
+    return float(read_json(path)["peak_memory_gib"]) if path.is_file() else 0.0
+
+
+def write_peak_memory(run: RunDirectory, peak_gib: float) -> None:
+    """Keeps the highest memory for the summary and for the next driver."""
+    write_json(run.root / "memory.json", {"peak_memory_gib": peak_gib})
+
+
+def latest_policy(config: RunConfig, run: RunDirectory, start: Policy) -> Policy:
+    """The policy that the last complete stage left, or the start model."""
+    policy = start
+    for stage in config.stages:
+        if run.is_complete(stage.name) and "policy" in (results := run.results(stage.name)):
+            policy = Policy(run.root / results["policy"], results["version"])
+    return policy

@@ -1,0 +1,77 @@
+"""The end of a run: the summary, the model cards, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.context import read_peak_memory
+from rlhf.evaluation.criteria import check_criteria
+from rlhf.evaluation.report_card import EvalSummary
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.files import read_json
+from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary
+from rlhf.runs.timings import Timings
+
+
+def summarise(config: RunConfig, root: Path) -> None:
+    """Writes ``summary.json`` and prints the results; says what is left where stages are still open."""
+    run = RunDirectory(root)
+    left = [stage.name for stage in config.stages if not run.is_complete(stage.name)]
+    if left:
+        print(f"{root}: stages left: {', '.join(left)}")
+        return
+    summary = build_summary(config, run)
+    write_summary(run.summary, summary)
+    print(format_summary(summary))
+    print(f"model    {run.policy}" if run.policy.is_dir() else f"run      {root}")
+    print(f"summary  {run.summary}")
+    print(f"next     rlhf report {root}")
+
+
+def build_summary(config: RunConfig, run: RunDirectory) -> Summary:
+    """Gathers the results of all stages."""
+    results = {stage.kind: run.results(stage.name) for stage in config.stages}
+    timings = Timings(run.timings)
+    peak = read_peak_memory(run)
+    evaluation = _evaluation(results.get("evaluate"))
+    passed: dict[str, bool] = {}
+    if evaluation is not None and config.criteria is not None:
+        passed = check_criteria(evaluation, peak, config.criteria)
+    versions: dict[str, str] = read_json(run.environment)["packages"]
+    return Summary(
+        recipe=config.name,
+        seed=config.seed,
+        eval=evaluation,
+        feedback=FeedbackSummary.model_validate(results["feedback"]) if "feedback" in results else None,
+        reward_model=_reward_model(results.get("reward")),
+        timings=timings.totals(),
+        throughput=timings.throughput(),
+        peak_memory_gib=peak,
+        versions=versions,
+        passed=passed,
+        notes=_notes(config),
+    )
+
+
+def _evaluation(results: Mapping[str, Any] | None) -> EvalSummary | None:
+    return None if results is None else EvalSummary.model_validate(results["eval"])
+
+
+def _reward_model(results: Mapping[str, Any] | None) -> RewardModelSummary | None:
+    if results is None:
+        return None
+    return RewardModelSummary.model_validate({name: results[name] for name in RewardModelSummary.model_fields})
+
+
+def _notes(config: RunConfig) -> list[str]:
+    notes = []
+    feedback = [stage for stage in config.stages if stage.kind == "feedback"]
+    judged = any(stage.source == "judge" for stage in feedback)
+    if judged and config.roles.judge.model is None and config.roles.judge.endpoint is None:
+        notes.append("The judge has the policy's own starting weights: it judges its own kind.")
+    if any(stage.shuffle_verdicts for stage in feedback):
+        notes.append("Null arm: the verdicts were shuffled, so nothing should improve.")
+    return notes

@@ -1,0 +1,171 @@
+"""How each role is built from the configuration: worker class, arguments, environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from actors.fleet import Fleet
+from actors.roles import FleetAnnotator, FleetJudge, FleetScorer
+from rlhf.evaluation.report_card import ReportCardConfig
+from rlhf.protocols import RewardSource
+from rlhf.rewards.config import RewardPart
+
+if TYPE_CHECKING:
+    from actors.gang import LearnerGang
+    from cluster.context import Policy, RunContext
+    from cluster.stages.online import OnlineStage
+
+
+async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
+    """The generation fleet, serving ``policy``: replicas that hold other weights load it from its folder."""
+    from actors.generation import GenerationWorker
+
+    role = context.config.roles.generation
+    kwargs = {
+        "model": policy.path,
+        "engine": role.engine,
+        "sampling": context.config.sampling,
+        "run_seed": context.config.seed,
+        "store": await context.store(),
+        "threads": role.resources.threads,
+        "version": policy.version,
+    }
+    fresh = not context.has_fleet("generation")
+    fleet = await context.fleet("generation", GenerationWorker, kwargs)
+    if context.serving != policy and not fresh:
+        async with context.gate.hold("publish"):
+            await fleet.broadcast("load_folder", policy.path, policy.version)
+    context.serving = policy
+    fleet.welcome = None if fresh else fleet.caller("load_folder", policy.path, policy.version)
+    return fleet
+
+
+async def judge_fleet(context: RunContext) -> Fleet:
+    """The judge fleet with the run's constitutions: an endpoint's client where one is configured, else vLLM."""
+    from rlhf.feedback.constitution import load_constitution
+
+    role = context.config.roles.judge
+    paths = context.config.constitutions
+    named = {"training": paths.training, "evaluation": paths.evaluation}
+    kwargs = {
+        "constitutions": {name: load_constitution(path) for name, path in named.items() if path is not None},
+        "seed": context.config.seed,
+        "store": await context.store(),
+    }
+    if role.endpoint is not None:
+        from actors.judge_openai import EndpointJudgeWorker
+
+        return await context.fleet(
+            "judge", EndpointJudgeWorker, kwargs | {"endpoint": role.endpoint, "model": role.model}
+        )
+    from actors.judge import JudgeWorker
+
+    model = context.start.path if role.model is None else context.resolved(role.model)
+    kwargs |= {"model": model, "engine": role.engine, "threads": role.resources.threads}
+    return await context.fleet("judge", JudgeWorker, kwargs)
+
+
+async def scorer_fleet(context: RunContext) -> Fleet:
+    """The reward model at inference."""
+    from actors.scorer import ScorerWorker
+
+    role = context.config.roles.scorer
+    kwargs = {
+        "model": context.run.reward_model,
+        "store": await context.store(),
+        "dtype": role.dtype,
+        "threads": role.resources.threads,
+        "max_tokens_per_batch": role.max_tokens_per_batch,
+    }
+    return await context.fleet("scorer", ScorerWorker, kwargs)
+
+
+async def reference_annotator(context: RunContext, policy: Policy) -> FleetAnnotator:
+    """The frozen model at ``policy``; a fleet that holds another model is ended first."""
+    from actors.reference import ReferenceWorker
+
+    role = context.config.roles.reference
+    if context.reference not in (None, policy):
+        await context.release("reference")
+    context.reference = policy
+    kwargs = {
+        "model": policy.path,
+        "store": await context.store(),
+        "dtype": role.dtype,
+        "threads": role.resources.threads,
+        "max_tokens_per_batch": role.max_tokens_per_batch,
+        "temperature": context.config.sampling.temperature,
+    }
+    fleet = await context.fleet("reference", ReferenceWorker, kwargs)
+    return FleetAnnotator(fleet, context.timings.add_tokens)
+
+
+async def evaluator(
+    context: RunContext,
+    report_card: ReportCardConfig | None = None,
+    slice_field: str = "request",
+    subject_field: str = "subject",
+) -> Fleet:
+    """The one worker that grades completions."""
+    from actors.evaluator import EvaluatorWorker
+
+    await context.release("evaluator")
+    kwargs = {
+        "run_dir": context.run.root,
+        "store": await context.store(),
+        "config": report_card or ReportCardConfig(),
+        "slice_field": slice_field,
+        "subject_field": subject_field,
+    }
+    return await context.fleet("evaluator", EvaluatorWorker, kwargs)
+
+
+async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> RewardSource:
+    """The weighted mixture of a stage's reward sources."""
+    from actors.rules import RulesWorker
+    from rlhf.rewards.mixture import Mixture
+
+    sources: list[RewardSource] = []
+    for part in parts:
+        meter = context.timings.add_tokens
+        if part.source == "reward_model":
+            sources.append(FleetScorer("reward_model", await scorer_fleet(context), meter))
+        elif part.source == "judge":
+            sources.append(FleetJudge(await judge_fleet(context), "training", meter))
+        else:
+            kwargs = {"rules": [rule for rule in parts if rule.source == "rules"], "store": await context.store()}
+            sources.append(FleetScorer("rules", await context.fleet("rules", RulesWorker, kwargs), meter))
+    return Mixture(sources, parts)
+
+
+def learner_gang(context: RunContext, stage: OnlineStage) -> AbstractAsyncContextManager[LearnerGang]:
+    """The policy's learner, starting from the policy as it stands."""
+    return context.gang(
+        "learner",
+        {
+            "config": context.at_policy(stage.learner),
+            "algorithm": stage.algorithm,
+            "total_steps": stage.loop.steps,
+            "temperature": context.config.sampling.temperature,
+            "may_be_stale": stage.loop.max_staleness > 0,
+        },
+    )
+
+
+def critic_gang(context: RunContext, stage: OnlineStage) -> AbstractAsyncContextManager[LearnerGang]:
+    """The value model's learner, starting from the reward model where there is one."""
+    assert stage.critic is not None, "checked with the configuration"
+    has_reward_model = (context.run.reward_model / "config.json").is_file()
+    start = context.run.reward_model if has_reward_model else context.policy.path
+    return context.gang(
+        "critic",
+        {
+            "config": context.at(stage.critic, start),
+            "algorithm": stage.algorithm,
+            "total_steps": stage.loop.steps,
+            "temperature": context.config.sampling.temperature,
+            "is_critic": True,
+        },
+    )

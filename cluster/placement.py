@@ -1,0 +1,116 @@
+"""Placement: the one place where plain worker classes become Ray actors."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.topology import NodeCapacity, Resources
+from rlhf.errors import PlacementError
+
+RUN_MARK = "RLHF_RUN_MARKER"
+"""Environment variable that every process of a run carries, engines' children included."""
+
+
+def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: int | None) -> None:
+    """Joins the cluster at ``address``, or starts a private one on this machine when it is None.
+
+    A private cluster cleans up the children of killed workers (an engine's processes would outlive it otherwise).
+    """
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault(RUN_MARK, secrets.token_hex(8))
+    options: dict[str, Any] = {"log_to_driver": False, "namespace": "rlhf", "configure_logging": False}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        ray.init(**options)
+    else:
+        ray.init(address=address, **options)
+
+
+def disconnect() -> None:
+    """Leaves the cluster; a private one ends with its processes."""
+    ray.shutdown()
+
+
+def free_nodes() -> list[NodeCapacity]:
+    """What each living node has, before anything of ours is placed."""
+    return [
+        NodeCapacity(node["NodeID"][:8], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+class Placer:
+    """Places the actors of one role: one placement group for the first of them, one more for each that joins later.
+
+    Args:
+        role: Name in errors.
+        resources: Of one actor.
+        count: Actors of the first group.
+    """
+
+    def __init__(self, role: str, resources: Resources, count: int) -> None:
+        self._role = role
+        self._resources = resources
+        self._bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        self._first = self._reserve(count) if count else None
+        self._free = [(self._first, bundle) for bundle in range(count)]
+        self._taken: dict[Any, tuple[Any, int]] = {}
+
+    def _reserve(self, count: int) -> PlacementGroup:
+        group = placement_group([dict(self._bundle) for _ in range(count)], strategy=self._resources.strategy)
+        if not group.wait(self._resources.start_timeout_s):
+            remove_placement_group(group)
+            raise PlacementError(
+                f"role {self._role}",
+                found=f"no room for {count} x {self._bundle} in {self._resources.start_timeout_s:.0f} s",
+                needed="free nodes",
+                action="Free the cluster, lower the role's size, or raise its start_timeout_s.",
+            )
+        return group
+
+    def spawn(self, worker: type, index: int, kwargs: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
+        """Creates one actor of the role from a plain class and returns its handle without waiting."""
+        slot = self._free.pop(0) if self._free else (self._reserve(1), 0)
+        threads = self._resources.threads or os.cpu_count() or 1
+        variables = {"OMP_NUM_THREADS": str(threads), RUN_MARK: os.environ.get(RUN_MARK, "")} | dict(env or {})
+        handle = (
+            ray.remote(worker)
+            .options(
+                num_cpus=self._resources.cpus,
+                num_gpus=self._resources.gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(slot[0], placement_group_bundle_index=slot[1]),
+                runtime_env={"env_vars": variables},
+            )
+            .remote(**kwargs)
+        )
+        self._taken[handle] = slot
+        return handle
+
+    def retire(self, handle: Any) -> None:
+        """Gives the place of an ended actor back: to the next one of the role, or to the cluster if it had joined."""
+        slot = self._taken.pop(handle, None)
+        if slot is None:
+            return
+        if slot[0] is self._first:
+            self._free.append(slot)
+        else:
+            remove_placement_group(slot[0])
+
+    def close(self) -> None:
+        """Removes all placement groups of the role."""
+        groups = {id(slot[0]): slot[0] for slot in [*self._taken.values(), *self._free]}
+        for group in groups.values():
+            remove_placement_group(group)
+        self._taken, self._free = {}, []

@@ -1,0 +1,127 @@
+"""The driver: runs the stages of a recipe, resumes them, and ends everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import RunConfig, Stage
+from rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.context import RunContext
+
+
+def run(config: RunConfig, *, only: str | None = None) -> int:
+    """Runs all stages that are not complete, or one by name, and returns the exit code.
+
+    What a run can be refused for is checked first: data, constitutions, model files, run directory. Nothing is started
+    for a run that is complete.
+    """
+    from cluster.checks import check_inputs
+    from rlhf.runs.directory import RunDirectory
+
+    stages = _selected(config, only)
+    data = check_inputs(config)
+    with RunDirectory.open(config.directory, config, data=data.files) as directory:
+        left = [stage for stage in stages if not directory.is_complete(stage.name)]
+        if not left:
+            print(f"{directory.root}: every stage is complete")
+            return _finish(config, directory.root)
+        code = asyncio.run(_drive(config, directory, left, data.prompts))
+        return code or _finish(config, directory.root)
+
+
+def _selected(config: RunConfig, only: str | None) -> list[Stage]:
+    if only is None:
+        return list(config.stages)
+    chosen = [stage for stage in config.stages if stage.name == only]
+    if not chosen:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise ConfigError("--stage", found=repr(only), needed=f"one of {names}", action="Check the name.")
+    return chosen
+
+
+async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts: Any) -> int:
+    """Connects, runs the stages, and closes everything whatever happens; returns the exit code."""
+    from cluster.context import StopRequestedError, open_context
+
+    received: list[int] = []
+    async with open_context(config, directory, prompts) as context:
+        main = asyncio.current_task()
+
+        def on_signal(number: int) -> None:
+            received.append(number)
+            context.request_stop()
+            if len(received) > 1 and main is not None:
+                main.cancel()  # a second signal does not wait for the step to end
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number)
+        try:
+            for stage in stages:
+                await _run_stage(context, stage)
+        except (StopRequestedError, asyncio.CancelledError):
+            if not received:
+                raise
+            context.event("stopped", signal=signal.Signals(received[0]).name)
+            print(f"stopped by {signal.Signals(received[0]).name}; run the same command to go on", file=sys.stderr)
+            return 128 + received[0]
+    return 0
+
+
+async def _run_stage(context: RunContext, stage: Stage) -> None:
+    from cluster.context import Policy, StopRequestedError
+
+    runner = _runner(stage)
+    print(f"stage {stage.name}", file=sys.stderr, flush=True)
+    context.event("stage_started", stage=stage.name)
+    work = asyncio.ensure_future(runner(context, stage))
+    stop = asyncio.ensure_future(context.stopping.wait())
+    saves_itself = stage.kind in ("rl", "sft", "reward", "preference")
+    waited = {work} if saves_itself else {work, stop}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise StopRequestedError(
+                f"stage {stage.name}", found="a signal", needed="time", action="Run the command again to go on."
+            )
+        results = await work
+    finally:
+        for task in (work, stop):
+            task.cancel()
+        await asyncio.gather(work, stop, return_exceptions=True)
+    context.timings.write()
+    context.run.complete(stage.name, results)
+    context.event("stage_completed", stage=stage.name)
+    if "policy" in results:
+        context.policy = Policy(context.run.root / results["policy"], results["version"])
+
+
+def _runner(stage: Stage) -> Callable[[Any, Any], Awaitable[dict[str, Any]]]:
+    from cluster.stages.evaluate import run_evaluate
+    from cluster.stages.feedback import run_feedback
+    from cluster.stages.offline import run_offline
+    from cluster.stages.online import run_online
+
+    return {
+        "feedback": run_feedback,
+        "reward": run_offline,
+        "sft": run_offline,
+        "preference": run_offline,
+        "rl": run_online,
+        "evaluate": run_evaluate,
+    }[stage.kind]
+
+
+def _finish(config: RunConfig, root: Path) -> int:
+    """Writes the summary when all stages are complete, and says where everything is."""
+    from cluster.finish import summarise
+
+    summarise(config, root)
+    return 0

@@ -1,0 +1,160 @@
+"""Stages ``sft``, ``reward`` and ``preference``: one loop and one learner under Ray Train; the objective differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from actors.settings import LearnerConfig
+from rlhf.config import StrictModel
+from rlhf.loops.offline import OfflineConfig
+from rlhf.objectives.config import PreferenceConfig, RankConfig, SupervisedConfig
+
+if TYPE_CHECKING:
+    from cluster.context import RunContext
+
+
+class SupervisedStage(StrictModel):
+    """Supervised fine-tuning: on records of a file, or on the best completions of the feedback stage."""
+
+    kind: Literal["sft"]
+    """Tag of this stage."""
+    name: str = "sft"
+    """Names the stage in the record."""
+    source: Literal["file", "feedback"] = "file"
+    """``file``: chat or instruction records. ``feedback``: rejection sampling, each prompt's best-ranked completion."""
+    path: Path | None = None
+    """With ``source: file``: JSONL, CSV or parquet, relative to the config file."""
+    min_score: float = 0.0
+    """With ``source: feedback``: least judge score of a completion that is learned from."""
+    learner: LearnerConfig
+    """Starts from the policy as the stages before left it."""
+    objective: SupervisedConfig = SupervisedConfig()
+    """Negative log-likelihood of the completion."""
+    loop: OfflineConfig = OfflineConfig()
+    """Epochs and batches."""
+    held_out_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the prompts that is kept for evaluation."""
+
+    @model_validator(mode="after")
+    def _path_with_file(self) -> SupervisedStage:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError("path goes with source: file, and has to be given there")
+        return self
+
+
+class RewardStage(StrictModel):
+    """Reward model from the feedback stage's rankings."""
+
+    kind: Literal["reward"]
+    """Tag of this stage."""
+    name: str = "reward"
+    """Names the stage in the record."""
+    learner: LearnerConfig
+    """Starts from the run's start model with a fresh scalar head."""
+    objective: RankConfig = RankConfig()
+    """Rank loss over all ordered pairs of siblings."""
+    loop: OfflineConfig = OfflineConfig()
+    """Epochs and batches."""
+    held_out_fraction: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of the prompts whose rankings measure the reward model."""
+
+
+class PreferenceStage(StrictModel):
+    """Direct preference optimisation on the feedback stage's best and worst completion of each prompt."""
+
+    kind: Literal["preference"]
+    """Tag of this stage."""
+    name: str = "preference"
+    """Names the stage in the record."""
+    learner: LearnerConfig
+    """Starts from the policy as the stages before left it, which is also the reference."""
+    objective: PreferenceConfig = PreferenceConfig()
+    """DPO or one of its family."""
+    loop: OfflineConfig = OfflineConfig()
+    """Epochs and batches."""
+    held_out_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the prompts that is kept for evaluation."""
+
+
+OfflineStage = SupervisedStage | RewardStage | PreferenceStage
+
+
+async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any]:
+    """Trains under Ray Train and leaves ``RUN/reward_model`` or ``RUN/policy``."""
+    import asyncio
+
+    from actors.offline import OfflineJob, read_results
+
+    target = context.run.reward_model if stage.kind == "reward" else context.run.policy_after(stage.name)
+    learner = context.at_start(stage.learner) if stage.kind == "reward" else context.at_policy(stage.learner)
+    job = OfflineJob(
+        kind=stage.kind,
+        learner=learner,
+        objective=stage.objective,
+        loop=stage.loop,
+        run_dir=context.run.root,
+        stage=stage.name,
+        target=target,
+        groups=_source(context, stage),
+        held_out_fraction=stage.held_out_fraction,
+        min_score=stage.min_score if isinstance(stage, SupervisedStage) else 0.0,
+        max_sequence_tokens=context.config.max_sequence_tokens,
+        seed=context.config.seed,
+        threads=context.config.roles.learner.resources.threads,
+        accelerator=context.accelerator,
+    )
+    async with context.timed_gate(stage.name).hold("learner"):
+        await asyncio.to_thread(_fit, context, job)
+    results = read_results(job)
+    if stage.kind != "reward":
+        results["version"] = context.policy.version + 1
+        results["policy"] = str(target.relative_to(context.run.root))
+    return results
+
+
+def _source(context: RunContext, stage: OfflineStage) -> Path:
+    """A records file, or the folder of training groups that the feedback stage left."""
+    if isinstance(stage, SupervisedStage) and stage.path is not None:
+        return stage.path
+    return context.run.groups
+
+
+def _fit(context: RunContext, job: Any) -> None:
+    """Starts the ranks with Ray Train, which gives the gang start and the restart after a failure."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from actors.offline import train_rank
+    from cluster.context import StopRequestedError
+    from rlhf.errors import LearnerError
+
+    role = context.config.roles.learner
+    per_worker = {"CPU": role.resources.cpus} | ({"GPU": role.resources.gpus} if role.resources.gpus else {})
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if role.resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=role.ranks,
+            use_gpu=role.resources.gpus > 0,
+            resources_per_worker=per_worker,
+            placement_strategy=role.resources.strategy,
+        ),
+        run_config=RunConfig(
+            name=job.stage,
+            storage_path=str(context.run.root / "ray_train"),
+            failure_config=FailureConfig(max_failures=role.resources.max_restarts),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise LearnerError(
+            f"stage {job.stage}", found=str(result.error), needed="a finished training", action="See the log above."
+        ) from result.error
+    if context.stopping.is_set():
+        raise StopRequestedError(
+            f"stage {job.stage}", found="a signal", needed="more steps", action="Run the command again to go on."
+        )

@@ -1,0 +1,210 @@
+"""Stage ``rl``: reinforcement learning of the policy against a mixture of rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from actors.settings import LearnerConfig
+from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
+from rlhf.config import StrictModel
+from rlhf.loops.online import LoopConfig
+from rlhf.rewards.config import RewardPart
+
+if TYPE_CHECKING:
+    from actors.gang import LearnerGang
+    from actors.publisher import BucketPublisher
+    from cluster.context import RunContext
+    from rlhf.loops.online import OnlineRoles
+    from rlhf.protocols import Learner
+    from rlhf.runs.progress import Progress
+
+
+class OnlineStage(StrictModel):
+    """Reinforcement learning."""
+
+    kind: Literal["rl"]
+    """Tag of this stage."""
+    name: str = "rl"
+    """Names the stage in the record."""
+    learner: LearnerConfig
+    """The policy's learner; its model is the policy as the stages before left it."""
+    critic: LearnerConfig | None = None
+    """The value model's learner, for algorithms with a critic; starts from the reward model where there is one."""
+    algorithm: AlgorithmConfig = GrpoConfig()
+    """What the advantages are and how they are used."""
+    rewards: list[RewardPart] = Field(min_length=1)
+    """The mixture that is learned from."""
+    loop: LoopConfig
+    """Steps, batch, staleness."""
+    validation_prompts: int = Field(default=0, ge=0)
+    """Prompts of ``data.validation`` that are sampled at every evaluation; 0 takes all."""
+    select_best: bool = True
+    """End with the checkpoint of the best validation score instead of the last one; needs loop.evaluate_every."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay on disk; the best one stays too."""
+
+
+async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
+    """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/policy``."""
+    from actors.publisher import BucketPublisher
+    from cluster.fleets import generation_fleet, learner_gang
+
+    version = context.policy.version
+    fleet = await generation_fleet(context, context.policy)
+    async with AsyncExitStack() as stack:
+        gang = await stack.enter_async_context(learner_gang(context, stage))
+        role = context.config.roles.generation
+        publisher = BucketPublisher(
+            gang,
+            fleet,
+            context.event,
+            version=version,
+            bucket_bytes=int(role.bucket_mib * 2**20),
+            timeout_s=role.resources.call_timeout_s,
+        )
+        stack.callback(context.forget_serving)  # from here on the engines hold weights of their own
+        run = _OnlineRun(context, stage, gang, publisher)
+        return await run.run(stack)
+
+
+class _OnlineRun:
+    """One call of the stage: what the loop's hooks share."""
+
+    def __init__(self, context: RunContext, stage: OnlineStage, gang: LearnerGang, publisher: BucketPublisher) -> None:
+        self.context = context
+        self.stage = stage
+        self.gang = gang
+        self.publisher = publisher
+        self.learners: dict[str, Learner] = {"learner": gang}
+        self.checkpoints = context.run.checkpoints(stage.name)
+        self.progress: Progress
+        self.roles: OnlineRoles
+
+    async def run(self, stack: AsyncExitStack) -> dict[str, Any]:
+        """Assembles the roles, runs the loop, exports the chosen weights."""
+        from cluster.context import StopRequestedError
+        from rlhf.loops.online import Hooks, train_online
+        from rlhf.runs.progress import Progress
+
+        context, stage = self.context, self.stage
+        self.roles = await self._assemble(stack)
+        first_step = await self._resume()
+        version = context.policy.version
+        await self.publisher.publish(version + first_step)
+        with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
+            hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set)
+            done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
+        if done < stage.loop.steps:
+            raise StopRequestedError(
+                f"stage {stage.name}", found="a signal", needed="more steps", action="Run the command again to go on."
+            )
+        return await self._finish()
+
+    async def _assemble(self, stack: AsyncExitStack) -> OnlineRoles:
+        from actors.roles import FleetGenerator
+        from cluster.fleets import build_rewards, critic_gang, reference_annotator
+        from rlhf.algorithms import build_algorithm
+        from rlhf.data.prompts import PromptCursor
+        from rlhf.loops.online import OnlineRoles
+        from rlhf.protocols import Annotator
+
+        context, stage = self.context, self.stage
+        algorithm = build_algorithm(stage.algorithm)
+        annotators: dict[str, Annotator] = {}
+        if algorithm.needs_reference and stage.learner.model.adapter is None:
+            annotators["reference"] = await reference_annotator(context, context.policy)
+        if algorithm.needs_critic:
+            critic = await stack.enter_async_context(critic_gang(context, stage))
+            annotators["critic"] = critic
+            self.learners = {"critic": critic, "learner": self.gang}
+        return OnlineRoles(
+            prompts=PromptCursor(context.prompts("train"), seed=context.config.seed),
+            generator=FleetGenerator(self.publisher.fleet, context.timings.add_tokens),
+            rewards=await build_rewards(context, stage.rewards),
+            annotators=annotators,
+            learners=self.learners,
+            publisher=self.publisher,
+            recorder=await context.recorder(),
+            gate=context.timed_gate(stage.name),
+        )
+
+    async def _resume(self) -> int:
+        from rlhf.runs import checkpoint
+
+        found = checkpoint.load_latest(self.checkpoints, on_event=self.context.on_checkpoint_event)
+        step = 0
+        if found is not None:
+            step = found.step
+            self.roles.prompts.restore(found.state["cursor"])
+            await self._load(found.path)
+        self.context.metrics.resume(self.stage.name, step)
+        return step
+
+    async def _load(self, path: Path) -> None:
+        for name, learner in self.learners.items():
+            await learner.load(path / name)
+
+    async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.context.metrics.log(self.stage.name, step, metrics)
+        self.context.timings.write()
+        self.progress.advance(score=metrics.get("rollout/score", float("nan")))
+
+    async def _evaluate(self, num_updates: int) -> None:
+        """Samples the validation prompts from the weights just published and scores them with the training rewards."""
+        stage, version = self.stage, self.context.policy.version + num_updates
+        prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
+        prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
+        async with self.roles.gate.hold("generation"):
+            groups = await self.roles.generator.generate(prompts, num_samples=1, version=version)
+        async with self.roles.gate.hold("scorer"):
+            scores = await self.roles.rewards.score(groups)
+        values = [score.value for siblings in scores for score in siblings if score.value is not None]
+        if not values:
+            self.context.event("validation_missing", stage=stage.name, step=num_updates)
+            return
+        mean = sum(values) / len(values)
+        self.validation = (num_updates, mean)
+        self.context.metrics.log(f"{stage.name}-validation", num_updates, {"validation/score": mean})
+
+    async def _checkpoint(self, num_updates: int, cursor: Mapping[str, Any]) -> None:
+        from rlhf.runs import checkpoint
+
+        async def write(directory: Path) -> None:
+            for name, learner in self.learners.items():
+                (directory / name).mkdir()
+                await learner.save(directory / name)
+
+        with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
+            state = {"cursor": dict(cursor)}
+            keep = self.stage.keep_checkpoints
+            await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep)
+        measured, score = self.validation
+        if measured == num_updates:
+            checkpoint.mark_best(self.checkpoints, num_updates, "validation/score", score)
+
+    validation: tuple[int, float] = (-1, 0.0)
+
+    async def _finish(self) -> dict[str, Any]:
+        """Exports the best checkpoint's weights (or the last) to ``RUN/policy``, whole or not at all."""
+        from rlhf.runs import checkpoint
+
+        steps = self.stage.loop.steps
+        best = checkpoint.load_best(self.checkpoints) if self.stage.select_best else None
+        if best is not None and best.step != steps:
+            await self._load(best.path)
+        target = self.context.run.policy
+        partial = target.with_name(".policy")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        await self.gang.export(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        version = self.context.policy.version + (best.step if best is not None else steps)
+        return {"policy": "policy", "version": version, "steps": steps, "selected_step": best.step if best else steps}
