@@ -1,0 +1,135 @@
+"""Files that are there whole or not at all, and JSON lines that survive a crash in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import RecordError
+
+TEMPORARY = ".tmp-"
+"""How the name of every unfinished file and directory begins."""
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's bytes, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that takes its place when the block ends well.
+
+    The new file is flushed before the rename and the directory after it, so a crash at any moment leaves either the
+    old file or the new one.
+
+    Raises:
+        RecordError: The disk is full, or the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, suffix="-" + path.name, dir=path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> RecordError:
+    """The error for a file that the system did not let us write."""
+    return RecordError(
+        str(path),
+        found=f"{error.strerror or error}",
+        needed="a writable directory with free space",
+        action="Free space or mend the permissions, then run the same command again; it resumes.",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's text atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replaces a file by a JSON document atomically; NaN and infinity are refused."""
+    write_text(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON document; raises ``RecordError`` with the line where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(str(path), str(error)) from error
+    except json.JSONDecodeError as error:
+        raise _unreadable(f"{path}:{error.lineno}", error.msg) from error
+
+
+def _unreadable(where: str, found: str) -> RecordError:
+    action = "Restore the file, or start a new run directory."
+    return RecordError(where, found=found, needed="a readable record", action=action)
+
+
+def append_json_line(path: Path, document: Mapping[str, Any]) -> None:
+    """Appends one JSON line with a single write, so that lines of several processes never mix.
+
+    A partial line that a crash left at the end is closed first, so it spoils itself only.
+    """
+    line = json.dumps(document, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; lines that a crash cut short are left out."""
+    if not path.is_file():
+        return []
+    documents = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            document = json.loads(line) if line.strip() else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        if isinstance(document, dict):
+            documents.append(document)
+    return documents
+
+
+def keep_json_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Rewrites a file of JSON lines with the lines that ``keep`` accepts; returns how many were dropped."""
+    documents = read_json_lines(path)
+    kept = [document for document in documents if keep(document)]
+    if path.is_file() and len(kept) < len(documents):
+        lines = [json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n" for document in kept]
+        write_text(path, "".join(lines))
+    return len(documents) - len(kept)

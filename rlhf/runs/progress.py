@@ -1,0 +1,94 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+
+class Progress:
+    """Shows how far a stage is. Use as a context manager; ``advance`` after each step.
+
+    Args:
+        label: What is being done, for example ``"rl"``.
+        total: Steps in all.
+        done: Steps that an earlier driver has done.
+        stream: Where to write; a terminal gets a bar, anything else lines.
+        interval_s: Least time between two plain lines; the first and the last are always written.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._label = label
+        self._total = total
+        self._done = done
+        self._stream = stream if stream is not None else sys.stderr
+        self._interval_s = interval_s
+        self._clock = clock
+        self._started = self._last = clock()
+        self._first = done
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+            )
+            self._bar = Bar(*columns, console=Console(file=self._stream))
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1, **values: float) -> None:
+        """Moves on by ``steps`` and shows a few numbers beside, for example ``reward=0.31``."""
+        self._done += steps
+        note = " ".join(f"{name}={value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=note)
+            return
+        now = self._clock()
+        first = self._done - steps == self._first
+        if first or self._done >= self._total or now - self._last >= self._interval_s:
+            self._last = now
+            self._stream.write(self._line(now, note) + "\n")
+            self._stream.flush()
+
+    def _line(self, now: float, note: str) -> str:
+        elapsed = now - self._started
+        here = self._done - self._first
+        left = elapsed / here * max(self._total - self._done, 0) if here > 0 else 0.0
+        line = f"{self._label}: {self._done}/{self._total}, {_clock_time(elapsed)} passed, {_clock_time(left)} left"
+        return f"{line}, {note}" if note else line
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

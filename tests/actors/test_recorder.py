@@ -1,0 +1,193 @@
+"""Every sample, score, verdict and ranking comes back from disk as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from actors.recorder import RecorderWorker
+from actors.store import LocalStore
+from rlhf.errors import RecordError
+from rlhf.evaluation.completions import from_wide
+from rlhf.runs import tables
+from rlhf.types import (
+    Completion,
+    GroupHandle,
+    Message,
+    Prompt,
+    Ranking,
+    Rollout,
+    RolloutGroup,
+    Score,
+    Verdict,
+    VersionSpan,
+)
+from tests.rlhf.evaluation.rows import eval_rows
+
+
+def make_group(index: int, num_samples: int = 4, length: int = 5) -> RolloutGroup:
+    rng = np.random.default_rng(index)
+    prompt = Prompt(
+        uid=f"train/{index:05}",
+        messages=(Message("system", "Be brief."), Message("user", f"Film {index}?")),
+        token_ids=tuple(range(10 + index)),
+        fields={"request": "scathing", "subject": "a heist"},
+    )
+    rollouts = []
+    for sample in range(num_samples):
+        size = length + sample
+        completion = Completion(
+            token_ids=rng.integers(0, 1000, size).astype(np.int32),
+            log_probs=rng.normal(size=size).astype(np.float32),
+            text=f"text {index}/{sample} – naïve ★",
+            finish_reason="stop" if sample % 2 else "length",
+            version_spans=(VersionSpan(3, 0, 2), VersionSpan(4, 2, size)),
+        )
+        rollouts.append(Rollout(completion))
+    return RolloutGroup(prompt, tuple(rollouts))
+
+
+def make_handle(group: RolloutGroup, scores: tuple[Score, ...] = ()) -> GroupHandle:
+    lengths = tuple(len(r.completion.token_ids) for r in group.rollouts)
+    return GroupHandle(group.prompt.uid, group, len(group.prompt.token_ids), lengths, (3, 4), scores)
+
+
+SCORES = (
+    Score(1.25, {"reward_model": 1.5, "length": -0.25}),
+    Score(None, {}, "timed out"),
+    Score(0.0, {"reward_model": 0.0}),
+    Score(-1e-9),
+)
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> RecorderWorker:
+    return RecorderWorker(tmp_path, LocalStore())
+
+
+def assert_same_group(left: RolloutGroup, right: RolloutGroup) -> None:
+    assert left.prompt == right.prompt
+    for a, b in zip(left.rollouts, right.rollouts, strict=True):
+        assert a.completion.token_ids.dtype == b.completion.token_ids.dtype == np.int32
+        assert a.completion.log_probs.tobytes() == b.completion.log_probs.tobytes()
+        assert a.completion.token_ids.tobytes() == b.completion.token_ids.tobytes()
+        fields = ("text", "finish_reason", "version_spans")
+        assert all(getattr(a.completion, f) == getattr(b.completion, f) for f in fields)
+
+
+def test_groups_come_back_bit_for_bit(recorder: RecorderWorker, tmp_path: Path) -> None:
+    groups = [make_group(0), make_group(1, num_samples=2)]
+    assert recorder.record_groups("feedback-0", [make_handle(g) for g in groups]) == 6
+    handles = recorder.read_groups("feedback-0")
+    for handle, group in zip(handles, groups, strict=True):
+        assert_same_group(handle.payload, group)
+        assert handle == dataclasses.replace(make_handle(group), payload=handle.payload)
+    assert recorder.names("rollouts") == ["feedback-0"]
+    assert recorder.names("verdicts") == []
+
+
+def test_scores_with_a_missing_one_come_back(recorder: RecorderWorker, tmp_path: Path) -> None:
+    recorder.record(7, [make_handle(make_group(0), SCORES)])
+    rows = tables.read_table(tmp_path / "rollouts" / "step_000007.parquet")
+    assert [row["score"] for row in rows] == [1.25, None, 0.0, -1e-9]
+    assert [row["status"] for row in rows] == ["scored", "missing", "scored", "scored"]
+    assert rows[1]["error"] == "timed out"
+    assert rows[0]["components"] == {"reward_model": 1.5, "length": -0.25}
+    assert rows[0]["step"] == 7 and rows[0]["prompt"] == "Film 0?"
+    assert rows[0]["fields"] == {"request": "scathing", "subject": "a heist"}
+    assert rows[0]["version_spans"] == [{"version": 3, "start": 0, "end": 2}, {"version": 4, "start": 2, "end": 5}]
+    (handle,) = recorder.read_groups("step_000007")
+    assert handle.scores == SCORES
+
+
+def test_a_step_done_again_replaces_its_file(recorder: RecorderWorker, tmp_path: Path) -> None:
+    recorder.record(1, [make_handle(make_group(0))])
+    recorder.record(1, [make_handle(make_group(5, num_samples=2))])
+    rows = tables.read_table(tmp_path / "rollouts" / "step_000001.parquet")
+    assert [row["uid"] for row in rows] == ["train/00005"] * 2
+    assert len(list((tmp_path / "rollouts").iterdir())) == 1
+
+
+def test_verdicts_carry_the_texts_that_were_judged(recorder: RecorderWorker, tmp_path: Path) -> None:
+    group = make_group(0)
+    verdicts = (
+        Verdict(group.prompt.uid, (0,), 0.7, "positive -0.3, negative -1.0", "tiny/film"),
+        Verdict(group.prompt.uid, (3, 1), None, judge="tiny/film", error="refused"),
+    )
+    assert recorder.record_verdicts("batch-0", [make_handle(group)], [verdicts]) == 2
+    assert recorder.read_verdicts("batch-0") == list(verdicts)
+    rows = tables.read_table(tmp_path / "verdicts" / "batch-0.parquet")
+    assert rows[1]["texts"] == [group.rollouts[3].completion.text, group.rollouts[1].completion.text]
+    assert rows[1]["value"] is None
+
+
+def test_rankings_with_ties_and_gaps_come_back(recorder: RecorderWorker) -> None:
+    rankings = [Ranking("a", (2, 1, 2, None), "judge"), Ranking("b", (1, 2), "people")]
+    assert recorder.record_rankings("all", rankings) == 2
+    assert recorder.read_rankings("all") == rankings
+
+
+def test_eval_rows_recompute(recorder: RecorderWorker, tmp_path: Path) -> None:
+    rows = eval_rows(4)
+    assert recorder.record_eval(rows) == 8
+    back = from_wide(tables.read_table(tmp_path / "eval" / "completions.parquet"))
+    assert {(r.uid, r.arm, r.sample): r for r in back} == {(r.uid, r.arm, r.sample): r for r in rows}
+
+
+def test_nothing_to_write_is_an_empty_table(recorder: RecorderWorker) -> None:
+    recorder.record_groups("none", [])
+    assert recorder.read_groups("none") == []
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".x"])
+def test_names_stay_inside_the_run(recorder: RecorderWorker, name: str) -> None:
+    with pytest.raises(RecordError, match="plain word"):
+        recorder.record_rankings(name, [])
+
+
+def test_a_score_too_few_is_refused_and_leaves_no_file(recorder: RecorderWorker, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 scores for 4 siblings"):
+        recorder.record(0, [make_handle(make_group(0), SCORES[:3])])
+    assert recorder.names("rollouts") == []
+
+
+def test_full_disk_is_a_typed_error_and_the_old_file_stays(recorder: RecorderWorker, tmp_path: Path) -> None:
+    recorder.record(1, [make_handle(make_group(0))])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(RecordError, match="Free space"):
+            recorder.record(1, [make_handle(make_group(i, length=5000)) for i in range(3)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (handle,) = recorder.read_groups("step_000001")
+    assert_same_group(handle.payload, make_group(0))
+    assert len(list((tmp_path / "rollouts").iterdir())) == 1
+
+
+def test_a_broken_or_absent_file_is_a_typed_error(recorder: RecorderWorker, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="absent.parquet"):
+        recorder.read_groups("absent")
+    recorder.record_rankings("cut", [Ranking("a", (1, 2))])
+    path = tmp_path / "rankings" / "cut.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RecordError, match="cut.parquet"):
+        recorder.read_rankings("cut")
+
+
+def test_a_row_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="unknown column 'rank'"):
+        tables.write_table(tmp_path / "a.parquet", [{"uid": "a", "rank": 1}], tables.RANKINGS)
+    with pytest.raises(RecordError):
+        tables.write_table(tmp_path / "a.parquet", [{"uid": 3}], tables.RANKINGS)
+
+
+def test_any_parquet_reader_can_open_the_files(recorder: RecorderWorker, tmp_path: Path) -> None:
+    recorder.record(2, [make_handle(make_group(0), SCORES)])
+    table = pq.read_table(tmp_path / "rollouts")
+    assert table.schema.names == tables.ROLLOUTS.names and table.num_rows == 4

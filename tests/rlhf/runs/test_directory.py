@@ -1,0 +1,206 @@
+"""One driver at a time; a run resumes under its own config and data only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.config import StrictModel, load_file, validate
+from rlhf.errors import ConfigError, DataError, RecordError
+from rlhf.runs.directory import RunDirectory, config_changes
+from rlhf.runs.environment import fingerprint, git_revision, package_versions
+from rlhf.runs.events import read_events
+
+
+class Stage(StrictModel):
+    name: str = "rl"
+    steps: int = 10
+    learning_rate: float = 1e-5
+
+
+class Config(StrictModel):
+    seed: int = 0
+    stages: tuple[Stage, ...] = (Stage(), Stage(name="sft"))
+    placement: dict[str, int] = {"learner": 1}
+    api_key: str = ""
+    timeout_s: float = 5.0
+
+
+def opened(root: Path, config: Config | None = None, **kwargs) -> RunDirectory:
+    return RunDirectory.open(root, config or Config(), **kwargs)
+
+
+def test_creates_what_a_reader_needs(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("{}\n")
+    with opened(tmp_path / "run", data={"prompts": data}) as run:
+        assert validate(Config, load_file(run.config), "config") == Config()
+        environment = json.loads(run.environment.read_text())
+        assert environment["data"]["prompts"]["bytes"] == 3
+        assert environment["packages"]["torch"] == package_versions()["torch"]
+        assert [event["kind"] for event in read_events(run.events.path)] == ["created"]
+
+
+def test_resumes_with_the_same_config(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    with opened(tmp_path / "run") as run:
+        kinds = [event["kind"] for event in read_events(run.events.path)]
+    assert kinds == ["created", "resumed"]
+
+
+def test_listed_keys_may_change_and_are_recorded(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    changed = Config(stages=(Stage(steps=99), Stage(name="sft")), placement={"learner": 4}, timeout_s=9.0)
+    with opened(tmp_path / "run", changed) as run:
+        assert validate(Config, load_file(run.config), "config") == changed
+        event = read_events(run.events.path)[-1]
+    assert event["config_changes"]["stages.0.steps"] == [10, 99]
+    assert set(event["config_changes"]) == {"stages.0.steps", "placement.learner", "timeout_s"}
+
+
+def test_other_keys_are_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    changed = Config(seed=1, stages=(Stage(steps=5, learning_rate=2e-5), Stage(name="sft")))
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path / "run", changed)
+    assert "seed: 0 -> 1" in str(caught.value)
+    assert "stages.0.learning_rate: 1e-05 -> 2e-05" in str(caught.value)
+    assert "stages.0.steps" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    opened(tmp_path / "run").close()  # the refusal gave the lock back
+
+
+def test_a_stage_more_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    with pytest.raises(ConfigError, match="stages:"):
+        opened(tmp_path / "run", Config(stages=(Stage(),)))
+
+
+def test_own_list_of_resumable_keys(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    opened(tmp_path / "run", Config(seed=3), resumable=["seed"]).close()
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("{}\n")
+    opened(tmp_path / "run", data={"prompts": data}).close()
+    data.write_text("[]\n")
+    with pytest.raises(ConfigError, match="data.prompts:"):
+        opened(tmp_path / "run", data={"prompts": data})
+
+
+def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        opened(tmp_path / "run", data={"prompts": tmp_path / "absent"})
+
+
+def test_fingerprint_of_a_folder_depends_on_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    first = fingerprint(tmp_path)["blake2b"]
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert fingerprint(tmp_path)["blake2b"] != first
+
+
+def test_secrets_do_not_reach_the_files(tmp_path: Path) -> None:
+    config = Config(api_key="sk-abcdefghijklmnopqrstuvwx")
+    with opened(tmp_path / "run", config) as run:
+        text = "".join(p.read_text() for p in run.root.rglob("*") if p.is_file())
+        assert "abcdefghij" not in text
+    opened(tmp_path / "run", config).close()  # hidden on both sides, so still the same config
+
+
+def test_a_strange_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="thesis.tex"):
+        opened(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="a file"):
+        opened(tmp_path / "file")
+
+
+def test_second_driver_is_refused_and_a_killed_one_is_not(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    opened(root).close()
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from tests.rlhf.runs.test_directory import opened\n"
+        "run = opened(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(ConfigError, match=f'another driver at work .*"pid": {holder.pid}') as caught:
+            opened(root)
+        assert "another run_dir" in caught.value.action
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=30)
+        holder.stdout.close()
+    opened(root).close()
+
+
+def test_lock_is_not_inherited_by_programs_that_the_driver_starts(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    try:
+        run.close()
+        opened(tmp_path / "run").close()
+    finally:
+        child.kill()
+        child.wait(timeout=30)
+
+
+def test_stages_are_complete_once_written(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        assert not run.is_complete("feedback")
+        with pytest.raises(RecordError):
+            run.results("feedback")
+        run.complete("feedback", {"rankings": 12})
+    reader = RunDirectory(tmp_path / "run")
+    assert reader.is_complete("feedback")
+    assert reader.results("feedback") == {"rankings": 12}
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden"])
+def test_stage_names_stay_inside(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="plain word"):
+        RunDirectory(tmp_path).checkpoints(name)
+
+
+def test_unwritable_place_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="needed a directory that can be written"):
+        opened(Path("/proc/nothing/run"))
+
+
+def test_config_changes_name_every_leaf() -> None:
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    new = {"a": {"b": 1, "c": [1, 3]}, "e": True}
+    assert config_changes(old, new) == {"a.c.1": (2, 3), "e": (None, True)}
+    assert config_changes({"a": 1}, {"a": True}) == {"a": (1, True)}
+
+
+def test_git_revision_of_a_plain_folder_is_none(tmp_path: Path) -> None:
+    assert git_revision(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert git_revision(tmp_path) is None, "no commit yet"
+    environment = {**os.environ, **{f"GIT_{r}_{k}": "x" for r in ("AUTHOR", "COMMITTER") for k in ("NAME", "EMAIL")}}
+    subprocess.run(["git", "-C", tmp_path, "commit", "-q", "--allow-empty", "-m", "x"], check=True, env=environment)
+    revision = git_revision(tmp_path)
+    assert revision is not None and len(revision["revision"]) == 40 and revision["changed"] is False
+
+
+def test_config_file_is_plain_yaml(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        assert yaml.safe_load(run.config.read_text())["stages"][1]["name"] == "sft"
