@@ -1,0 +1,236 @@
+"""One rank of training under DeepSpeed: any number of micro-batches, then one step, or none if a number is not finite.
+
+What DeepSpeed does not do is done here: a loss or gradient that is not finite on any rank makes all ranks skip, in fp32
+too; the learning rate belongs to the steps that were applied; a save holds the random state as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.deepspeed.config import DeepSpeedConfig, OptimConfig, deepspeed_settings, learning_rate
+from actors.ranks import ProcessGroup
+from rlhf.errors import CheckpointError, NonFiniteError
+from rlhf.maths.packing import PackedBatch
+
+TAG = "engine"
+MAX_SKIPS = 3
+RECOVERY_SCRIPT = "zero_to_torch.py"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        grad_norm: Global norm before clipping; infinite where the step was skipped.
+        lr: Rate of the step.
+        skipped: Whether the weights were left as they were.
+        consecutive_skips: Skips up to now without a step between them.
+    """
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+    consecutive_skips: int
+
+
+class TrainEngine:
+    """Wraps a module whose ``forward`` takes a ``PackedBatch`` and options and returns a dict of tensors.
+
+    Args:
+        module: Its parameters that require gradients are trained.
+        config: How DeepSpeed spreads it.
+        optim: The optimizer.
+        group: The gang's process group; ``initialize`` is a collective.
+        dtype: ``"bfloat16"`` (with fp32 master weights) or ``"float32"``.
+        total_steps: Optimizer steps in all, for the schedule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: DeepSpeedConfig,
+        optim: OptimConfig,
+        *,
+        group: ProcessGroup,
+        dtype: str,
+        total_steps: int,
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", group.device.type)
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._config, self._optim, self._group = config, optim, group
+        self._total_steps = total_steps
+        self._check_here = dtype == "float32" and config.zero_stage == 0
+        self.applied = 0
+        self.skipped = 0
+        self._consecutive = 0
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # The rate is 0 until the first step: DeepSpeed takes a step of its own to make some optimizers' state.
+        optimizer = torch.optim.AdamW(
+            trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+        settings = deepspeed_settings(config, dtype=dtype, max_grad_norm=optim.max_grad_norm)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=trained,
+            config=settings,
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
+        self._optimizer = optimizer
+        optimizer.state.clear()
+        if dtype == "bfloat16" and config.zero_stage == 0:
+            for parameter in trained:
+                parameter.grad_dtype = torch.float32
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def lr(self) -> float:
+        """Rate of the next step."""
+        return learning_rate(self._optim, self.applied, self._total_steps)
+
+    def forward(self, batch: PackedBatch, options: dict[str, Any]) -> dict[str, Tensor]:
+        """Runs the module in training mode; gradients as the caller's context says."""
+        outputs: dict[str, Tensor] = self._engine(batch, options)
+        return outputs
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; on leaving, training mode again."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds a micro-batch's gradient.
+
+        Args:
+            loss: This micro-batch's share: shares add up over micro-batches and ranks.
+            last: Whether it is the last one before ``step``.
+        """
+        if not torch.isfinite(loss):
+            # The gradient has to carry the news to all ranks, even where it would be finite itself.
+            loss = loss * torch.nan
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the loss is a share of the global mean.
+        self._engine.backward(loss * self._group.world_size, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Applies the gradient, or skips where it is not finite; all ranks do the same.
+
+        Raises:
+            NonFiniteError: The third skip in a row.
+        """
+        lr = self.lr
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = lr
+        norm = self._clip() if self._check_here else None
+        if norm is not None and not torch.isfinite(norm):
+            self._engine.zero_grad()
+            applied, grad_norm = False, float("inf")
+        else:
+            self._engine.step()
+            applied = bool(self._engine.was_step_applied())
+            found = self._engine.get_global_grad_norm() if norm is None else norm
+            grad_norm = float(found) if applied and found is not None else float("inf")
+        self._consecutive = 0 if applied else self._consecutive + 1
+        self.applied += applied
+        self.skipped += not applied
+        if self._consecutive >= MAX_SKIPS:
+            raise NonFiniteError(
+                f"learner rank {self._group.rank}",
+                found=f"a loss or gradient that is not finite in {MAX_SKIPS} updates in a row",
+                needed="finite numbers",
+                action="The weights are unchanged. Look at the last rollouts, lower optim.lr, or use float32.",
+            )
+        return StepResult(grad_norm, lr, not applied, self._consecutive)
+
+    def _clip(self) -> Tensor:
+        """Global norm of the reduced gradients, scaled down to the limit; fp32 at stage 0 only."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return nn.utils.clip_grad_norm_(parameters, self._optim.max_grad_norm)
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A context in which the parameters are whole on every rank; a collective at stage 3, free below it."""
+        if self._config.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+            yield
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's weights, optimizer, counters and random state under an existing directory; a collective.
+
+        Files are written in place: the caller makes the directory temporary and renames it.
+        """
+        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        (directory / RECOVERY_SCRIPT).unlink(missing_ok=True)
+        state = {
+            "world_size": self._group.world_size,
+            "zero_stage": self._config.zero_stage,
+            "applied": self.applied,
+            "skipped": self.skipped,
+            "consecutive": self._consecutive,
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if self._group.device.type == "cuda" else None,
+        }
+        torch.save(state, directory / f"rank_{self._group.rank}.pt")
+        self._group.barrier()
+
+    def load(self, directory: Path) -> None:
+        """Restores what ``save`` wrote, from a directory whose manifest has been verified; a collective.
+
+        Raises:
+            CheckpointError: It was written by another number of ranks or at another ZeRO stage.
+        """
+        path = directory / f"rank_{self._group.rank}.pt"
+        if not path.is_file():
+            raise _mismatch(directory, f"no {path.name}", f"the state of {self._group.world_size} ranks")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        found = (state["world_size"], state["zero_stage"])
+        wanted = (self._group.world_size, self._config.zero_stage)
+        if found != wanted:
+            raise _mismatch(directory, *(f"{ranks} ranks at ZeRO stage {stage}" for ranks, stage in (found, wanted)))
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+        if loaded is None:
+            raise _mismatch(directory, "no engine state", "the folder that save wrote")
+        self.applied, self.skipped, self._consecutive = state["applied"], state["skipped"], state["consecutive"]
+        torch.set_rng_state(state["rng"])
+        if state["device_rng"] is not None:
+            torch.cuda.set_rng_state(state["device_rng"])
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks."""
+        self._engine.destroy()
+
+
+def _mismatch(directory: Path, found: str, needed: str) -> CheckpointError:
+    return CheckpointError(
+        f"learner state {directory}",
+        found=found,
+        needed=needed,
+        action="Resume with the ranks and the ZeRO stage that wrote it.",
+    )
