@@ -7,32 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from rlhf.config import StrictModel
+from rlhf.models.settings import LoraConfig
 from rlhf.objectives.base import Head
 
 ADAPTER = "default"
-
-
-class LoraConfig(StrictModel):
-    """Low-rank adapters on linear layers: W + (alpha / rank) B A, with only A and B trained."""
-
-    rank: PositiveInt = 16
-    """Rank of the update."""
-
-    alpha: PositiveInt = 32
-    """Scale: the update is multiplied by alpha / rank."""
-
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Dropout on the adapter's input. Leave at 0 in reinforcement learning, or log-probabilities become noisy."""
-
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; ``all-linear`` is every one but the head."""
 
 
 def base_model(model: nn.Module) -> Any:

@@ -8,61 +8,21 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from rlhf.config import StrictModel
 from rlhf.errors import ConfigError
-from rlhf.models.adapters import LoraConfig, attach_lora, backbone, base_model
+from rlhf.models.adapters import attach_lora, backbone, base_model
 from rlhf.models.resolve import resolve_model
+from rlhf.models.settings import ModelConfig
 from rlhf.objectives.base import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class ModelConfig(StrictModel):
-    """Which model, in which numbers, and which part of it trains."""
-
-    path: str
-    """Local folder, hub id, or ``package:NAME`` for a GGUF file inside an installed package."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the model computes in. A learner keeps fp32 master weights beside bf16 ones."""
-
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel. Both take the mask of rows whose siblings share a prompt."""
-
-    adapter: LoraConfig | None = None
-    """Trains low-rank adapters instead of the weights themselves."""
-
-    trainable: Literal["all", "head", "last_layers"] = "all"
-    """Which weights train where there is no adapter; the others are frozen."""
-
-    last_layers: int = Field(default=0, ge=0)
-    """With ``trainable: last_layers``: how many of the last layers train, beside the final norm and the head."""
-
-    gradient_checkpointing: bool = False
-    """Computes each layer again in the backward pass: keeps no activations, a third slower."""
-
-    compile_layers: bool = False
-    """Compiles each layer with ``torch.compile``: seconds at the start, less time in every step after it."""
-
-    row_multiple: PositiveInt = 1
-    """Row lengths are rounded up to a multiple of this; a compiled model then sees fewer shapes."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if (self.trainable == "last_layers") != (self.last_layers > 0):
-            raise ValueError("last_layers goes with trainable: last_layers, and has to be at least 1 there")
-        if self.adapter is not None and self.trainable != "all":
-            raise ValueError("an adapter freezes the model itself: leave trainable at 'all'")
-        return self
 
 
 class ScalarHead(nn.Linear):
@@ -180,6 +140,8 @@ def check_architecture(model: nn.Module, where: str) -> None:
     kinds = set(settings.get("layer_types") or []) - {"full_attention"}
     if settings.get("use_sliding_window", "layer_types" not in settings) and settings.get("sliding_window"):
         kinds.add("sliding_attention")
+    if settings.get("num_experts") or settings.get("num_local_experts"):
+        kinds.add("mixture-of-experts")
     scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if settings.get(key)]
     found = ""
     if missing:

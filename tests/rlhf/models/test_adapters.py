@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rlhf.maths.packing import pack
-from rlhf.models.adapters import LoraConfig, export_parameters, without_adapter
+from rlhf.models.adapters import export_parameters, without_adapter
 from rlhf.models.forward import language_outputs
-from rlhf.models.load import ModelConfig, load_policy, load_scalar
+from rlhf.models.load import load_policy, load_scalar
+from rlhf.models.settings import LoraConfig, ModelConfig
 from tests.rlhf.models.conftest import make_groups
 
 

@@ -19,7 +19,8 @@ from transformers import (
 
 from rlhf.maths.packing import pack, split_by_length
 from rlhf.models.forward import language_outputs, scalar_outputs, token_log_probs
-from rlhf.models.load import ModelConfig, check_architecture, load_policy, load_scalar
+from rlhf.models.load import check_architecture, load_policy, load_scalar
+from rlhf.models.settings import ModelConfig
 from tests.rlhf.models.conftest import make_groups
 
 

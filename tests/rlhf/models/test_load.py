@@ -19,9 +19,9 @@ from transformers import (
 
 from rlhf.errors import ConfigError
 from rlhf.maths.packing import pack
-from rlhf.models.adapters import LoraConfig
 from rlhf.models.forward import scalar_outputs
-from rlhf.models.load import ModelConfig, check_architecture, load_policy, load_scalar, padding_token
+from rlhf.models.load import check_architecture, load_policy, load_scalar, padding_token
+from rlhf.models.settings import LoraConfig, ModelConfig
 from tests.rlhf.models.conftest import make_groups
 from tests.tiny import build_tiny_model
 

@@ -1,0 +1,51 @@
+"""What each rank runs in the engine tests: a module of its own, so that spawned processes can import it."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from actors.ranks import ProcessGroup, RankInfo, free_port
+
+
+def _entry(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    info = RankInfo(rank=rank, world_size=world, master_port=port, threads=1)
+    try:
+        queue.put((rank, work(info, *args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+
+
+def run_ranks(world: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+    """Runs ``work(info, *args)`` in ``world`` fresh processes and returns their results in rank order."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_entry, args=(rank, world, port, work, args, queue), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        results: dict[int, Any] = {}
+        for _ in range(world):
+            rank, value, error = queue.get(timeout=timeout_s)
+            if error is not None:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            results[rank] = value
+        return [results[rank] for rank in range(world)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
