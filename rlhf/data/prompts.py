@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,25 +110,6 @@ def _slot_value(row: Row, column: str) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class CursorState:
-    """Where a cursor stands, as a checkpoint keeps it.
-
-    Attributes:
-        epoch: Epochs finished.
-        position: Prompts of the current epoch already given out.
-        fingerprint: Hash of the prompts and the seed that the position refers to.
-    """
-
-    epoch: int
-    position: int
-    fingerprint: str
-
-    def as_dict(self) -> dict[str, int | str]:
-        """Returns plain values for a JSON file."""
-        return {"epoch": self.epoch, "position": self.position, "fingerprint": self.fingerprint}
-
-
 class PromptCursor:
     """Gives out prompts without end: each exactly once per epoch, every epoch in an order that the seed fixes.
 
@@ -175,23 +156,25 @@ class PromptCursor:
                 self._order = self._epoch_order(self._epoch)
         return batch
 
-    def state(self) -> CursorState:
-        """Returns where the cursor stands."""
-        return CursorState(self._epoch, self._position, self._fingerprint)
+    def state(self) -> dict[str, int | str]:
+        """Returns where the cursor stands, in plain values for a JSON file.
 
-    def restore(self, state: CursorState | Mapping[str, Any]) -> None:
+        ``epoch`` counts finished epochs, ``position`` the current epoch's prompts already given out, and
+        ``fingerprint`` hashes the prompts and the seed that both refer to.
+        """
+        return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Moves to a kept state, or raises a ``DataError`` if that state is about other prompts or another seed."""
-        if isinstance(state, Mapping):
-            state = CursorState(int(state["epoch"]), int(state["position"]), str(state["fingerprint"]))
-        if state.fingerprint != self._fingerprint:
+        if state["fingerprint"] != self._fingerprint:
             raise DataError(
                 "prompt cursor",
                 found="a checkpoint made with other prompts or another shuffle seed",
                 needed="the same data as when the run began",
                 action="Restore the data file and its settings, or start a new run directory.",
             )
-        self._epoch, self._position = state.epoch, state.position
-        self._order = self._epoch_order(state.epoch)
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._epoch_order(self._epoch)
 
     def _epoch_order(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))

@@ -129,7 +129,7 @@ def test_a_cursor_resumes_anywhere_and_gives_each_prompt_once_per_epoch(num, see
     expected = [prompt.uid for n in batches for prompt in whole.next_batch(n)]
     first = PromptCursor(make_prompts(num), seed)
     given_out = [prompt.uid for n in batches[:cut] for prompt in first.next_batch(n)]
-    state = json.loads(json.dumps(first.state().as_dict()))
+    state = json.loads(json.dumps(first.state()))
     second = PromptCursor(make_prompts(num), seed)
     second.restore(state)
     given_out += [prompt.uid for n in batches[cut:] for prompt in second.next_batch(n)]
