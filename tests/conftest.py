@@ -67,9 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; this machine has none"))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
     if item.config.getoption("--fail-early") and _tier(item) and item.session.testsfailed:
-        item.session.shouldfail = "a cheaper test failed, so engine tests were not started"
+        raise item.session.Failed("a cheaper test failed, so engine tests were not started")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -87,7 +88,8 @@ def _left_behind() -> list[psutil.Process]:
                 continue
             ours = process.pid in children or process.environ().get(SESSION_MARK) == mark
             command = process.cmdline()
-            if ours and not any("resource_tracker" in part for part in command):  # ends with this process
+            helpers = ("resource_tracker", "forkserver")  # multiprocessing's own: they end with this process
+            if ours and not any(helper in part for part in command for helper in helpers):
                 found.append(process)
     return found
 
