@@ -44,7 +44,11 @@ RESUMABLE_KEYS = (
     "run_dir",
     "logging.**",
     "placement.**",
-    "roles.**",
+    "roles.*.replicas",
+    "roles.*.resources.**",
+    "recorder.**",
+    "ray.**",
+    "gate",
     "criteria.**",
 )
 """Keys that may change when a run is resumed: how long, how often, where, how it is logged and judged in the end.
@@ -268,7 +272,7 @@ class RunDirectory:
         if not self.config.is_file():
             write_json(self.environment, environment)
             write_text(self.config, to_yaml(new))  # last: its presence makes this a run directory
-            self.events.record("created", packages=environment["packages"])
+            self.events.record("created")
             return
         old = self.resolved_config()
         changes = config_changes(old, new)
