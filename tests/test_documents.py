@@ -59,6 +59,14 @@ def test_the_readme_lists_every_command():
     assert set(re.findall(r"^\| `rlhf ([a-z-]+)", text_of("README.md"), flags=re.MULTILINE)) == set(commands)
 
 
+def test_the_readme_describes_the_stages_of_the_quickstart():
+    from rlhf.config import load_file
+
+    stages = [stage["kind"] for stage in load_file(ROOT / "configs" / "quickstart.yaml")["stages"]]
+    listed = re.findall(r"^\| `([a-z]+)` \|.*\|.*\|$", text_of("README.md"), flags=re.MULTILINE)
+    assert listed == stages
+
+
 def test_the_exit_codes_are_those_of_the_errors():
     from rlhf import errors
 
