@@ -34,10 +34,10 @@ class PreferenceDataConfig(StrictModel):
 
     path: str = Field(min_length=1)
     """A ``.jsonl``, ``.csv`` or ``.parquet`` file; a list in a CSV cell is written as JSON."""
-    kind: Literal["pairs", "rankings", "ratings"]
+    kind: Literal["auto", "pairs", "rankings", "ratings"] = "auto"
     """``pairs``: columns ``chosen`` and ``rejected``. ``rankings``: ``completions``, best first, where a list inside
     the list is a tie; or in any order beside ``ranks`` (1 is best, null is unknown). ``ratings``: ``completion`` and
-    ``rating``, higher is better, one row each."""
+    ``rating``, higher is better, one row each. ``auto`` goes by each row's columns."""
     prompt_column: str = "prompt"
     """Column with the user's text, or with a conversation (a list of ``{role, content}``)."""
     where: dict[str, str | list[str]] = {}
@@ -154,8 +154,19 @@ def _collect(config: PreferenceDataConfig, rows: Sequence[Row]) -> dict[tuple[Me
     stated: dict[tuple[Message, ...], _Stated] = {}
     for row in rows:
         about = stated.setdefault(_prompt_messages(config, row), _Stated(row))
-        _READERS[config.kind](row, about)
+        _READERS[_kind_of(row) if config.kind == "auto" else config.kind](row, about)
     return stated
+
+
+def _kind_of(row: Row) -> str:
+    kinds = [kind for column, kind in _KIND_BY_COLUMN.items() if row.values.get(column) is not None]
+    if len(kinds) != 1:
+        row.fail(
+            f"columns {sorted(row.values)}",
+            f"one of {sorted(_KIND_BY_COLUMN)}, which tells pairs, rankings and ratings apart",
+            "Rename the columns, or set kind.",
+        )
+    return kinds[0]
 
 
 def _prompt_messages(config: PreferenceDataConfig, row: Row) -> tuple[Message, ...]:
@@ -210,11 +221,14 @@ def _read_rating(row: Row, about: _Stated) -> None:
     about.ratings[about.index(row.text("completion"))].append(row.number_of("rating"))
 
 
+_KIND_BY_COLUMN = {"chosen": "pairs", "completions": "rankings", "rating": "ratings"}
 _READERS = {"pairs": _read_pair, "rankings": _read_ranking, "ratings": _read_rating}
 
 
 def _merge(about: _Stated, tie_width: float) -> list[tuple[list[int], tuple[int | None, ...]]]:
     """Returns groups of completions, each with its ranks."""
+    if about.ratings and about.comparisons:
+        about.where.fail("ratings and comparisons of one prompt", "one kind for each prompt", "Split the file.")
     if about.ratings:
         means = [sum(values) / len(values) for _, values in sorted(about.ratings.items())]
         ranking = ranking_from_scores("", means, tie_width=tie_width, source=SOURCE)

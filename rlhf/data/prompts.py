@@ -142,12 +142,12 @@ class PromptCursor:
         """Epochs finished."""
         return self._epoch
 
-    def next_batch(self, n: int) -> list[Prompt]:
-        """Returns the next ``n`` prompts (n >= 1) and moves on."""
-        if n < 1:
-            raise ValueError(f"a batch of {n} prompts")
+    def next_batch(self, num_prompts: int) -> list[Prompt]:
+        """Returns the next ``num_prompts`` prompts (at least 1) and moves on."""
+        if num_prompts < 1:
+            raise ValueError(f"a batch of {num_prompts} prompts")
         batch: list[Prompt] = []
-        while len(batch) < n:
+        while len(batch) < num_prompts:
             prompt = self._prompts[self._order[self._position]]
             batch.append(replace(prompt, uid=f"e{self._epoch}/{prompt.uid}"))
             self._position += 1

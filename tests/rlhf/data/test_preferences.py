@@ -92,6 +92,27 @@ def test_ratings_are_averaged_and_ranked(tmp_path, tokenizer):
     assert ranks_by_text(item) == {"a": 1, "b": 2, "c": 1}
 
 
+def test_the_kind_follows_from_the_columns(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "completions": ["c", "d"]},
+        {"prompt": "r", "completion": "e", "rating": 1},
+        {"prompt": "r", "completion": "f", "rating": 2},
+    ]
+    items = load(write_rows(tmp_path, *rows), "auto", tokenizer)
+    assert [ranks_by_text(item) for item in items] == [{"a": 1, "b": 2}, {"c": 1, "d": 2}, {"e": 2, "f": 1}]
+    for bad, found in (
+        ({"prompt": "p", "text": "a"}, "one of ['chosen', 'completions', 'rating']"),
+        ({"prompt": "p", "chosen": "a", "rating": 1}, "one of ['chosen', 'completions', 'rating']"),
+        ({"prompt": "r", "chosen": "a", "rejected": "b"}, "ratings and comparisons"),
+    ):
+        path = write_rows(tmp_path, *rows, bad)
+        with pytest.raises(DataError) as caught:
+            load(path, "auto", tokenizer)
+        assert found in str(caught.value)
+        assert str(path) in caught.value.where
+
+
 def test_csv_and_parquet_say_the_same_as_jsonl(tmp_path, tokenizer):
     rows = [{"prompt": "p", "completions": [["a"], ["b", "c"]]}, {"prompt": "q", "completions": [["x"], ["y"]]}]
     expected = load(write_rows(tmp_path, *rows), "rankings", tokenizer)

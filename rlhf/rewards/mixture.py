@@ -1,0 +1,115 @@
+"""A weighted mixture of reward sources, itself a reward source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlhf.protocols import RewardSource
+from rlhf.rewards.config import RewardPart
+from rlhf.rewards.normalise import RunningMoments
+from rlhf.rewards.shaping import clip
+from rlhf.types import GroupHandle, Score
+
+
+def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
+    """Returns the weighted sum of the parts of one completion; a missing part makes the sum missing.
+
+    The components of the result are each part's value under its name, and the part's own components under
+    ``name/component``, so that the record shows what a reward is made of.
+
+    Args:
+        named: Name, weight and score of each part.
+    """
+    components: dict[str, float] = {}
+    errors = []
+    total = 0.0
+    for name, weight, score in named:
+        components.update({f"{name}/{key}": value for key, value in score.components.items()})
+        if score.value is None:
+            errors.append(f"{name}: {score.error or 'missing'}")
+            continue
+        components[name] = score.value
+        total += weight * score.value
+    return Score(None, components, "; ".join(errors)) if errors else Score(total, components)
+
+
+class Mixture:
+    """Asks every source in turn and adds up what they say, as the parts weigh it.
+
+    A call that fails as a whole raises the source's ``ScorerError``. Sources are asked one after the other: they share
+    the devices of one phase.
+
+    Args:
+        sources: In the order of ``parts``, each named after its part's source.
+        parts: Weights, normalisation and clipping.
+        moments: Running moments to share with another mixture; a mixture that is only measured with (validation)
+            takes the training mixture's and leaves them as they are.
+        learn_moments: Whether the scored values count in the running moments.
+    """
+
+    name = "mixture"
+
+    def __init__(
+        self,
+        sources: Sequence[RewardSource],
+        parts: Sequence[RewardPart],
+        *,
+        moments: Mapping[str, RunningMoments] | None = None,
+        learn_moments: bool = True,
+    ) -> None:
+        names = [source.name for source in sources]
+        if names != [part.source for part in parts]:
+            raise ValueError(f"sources {names} for parts {[part.source for part in parts]}")
+        self._sources = tuple(sources)
+        self._parts = tuple(parts)
+        self._moments = dict(moments or {part.source: RunningMoments() for part in parts if part.normalise})
+        self._learn_moments = learn_moments
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        """See ``RewardSource.score``."""
+        answers = [
+            [[self._shape(part, score) for score in siblings] for siblings in await self._ask(source, part, groups)]
+            for source, part in zip(self._sources, self._parts, strict=True)
+        ]
+        return [
+            tuple(self._combine([answer[g][k] for answer in answers]) for k in range(len(group.completion_lengths)))
+            for g, group in enumerate(groups)
+        ]
+
+    def measuring(self) -> Mixture:
+        """Returns the same mixture for validation: it scales as this one does, and what it scores changes nothing."""
+        return Mixture(self._sources, self._parts, moments=self._moments, learn_moments=False)
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """Returns the running moments of the normalised parts, for a checkpoint."""
+        return {name: moments.state() for name, moments in self._moments.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Takes over what ``state`` returned."""
+        for name, moments in self._moments.items():
+            moments.restore(state[name])
+
+    def _combine(self, scores: Sequence[Score]) -> Score:
+        return combine_scores(
+            [(part.source, part.weight, score) for part, score in zip(self._parts, scores, strict=True)]
+        )
+
+    async def _ask(
+        self, source: RewardSource, part: RewardPart, groups: Sequence[GroupHandle]
+    ) -> list[tuple[Score, ...]]:
+        scores = await source.score(groups)
+        if part.normalise and self._learn_moments:
+            self._moments[part.source].update(score.value for siblings in scores for score in siblings)
+        return scores
+
+    def _shape(self, part: RewardPart, score: Score) -> Score:
+        if score.value is None:
+            return score
+        value = score.value
+        if part.normalise:
+            value = self._moments[part.source].normalise(value)
+        if part.clip is not None:
+            value = clip(value, *part.clip)
+        if value == score.value:
+            return score
+        return Score(value, {**score.components, "raw": score.value})

@@ -1,0 +1,68 @@
+"""Agreement: hand-worked numbers, ties and missing values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.errors import MissingFeedbackError
+from rlhf.feedback.agreement import PairAgreement, cohens_kappa, mean_kendall, pair_agreement, spearman
+from rlhf.feedback.missing import check_missing
+
+
+def test_pairs_count_within_groups_only():
+    first = [[1.0, 2.0, 3.0], [5.0, 4.0], [1.0, 1.0]]
+    second = [[1.0, 3.0, 2.0], [9.0, 8.0], [1.0, 2.0]]
+    counts = pair_agreement(first, second)
+    assert counts == PairAgreement(agree=3, differ=1, tied=1)
+    assert counts.fraction == 0.75
+    assert pair_agreement([[1.0, None]], [[1.0, 2.0]]).fraction is None
+
+
+def test_kendall_is_averaged_over_the_groups_that_have_one():
+    tau, num_groups = mean_kendall([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
+    assert (tau, num_groups) == (0.0, 2)
+    assert mean_kendall([[1.0, 1.0]], [[1.0, 2.0]]) == (None, 0)
+
+
+def test_spearman_by_hand():
+    assert spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]) == pytest.approx(0.8)
+    # Ranks 0.5, 0.5, 2 against 0, 1, 2.
+    assert spearman([1.0, 1.0, 5.0], [1.0, 2.0, 3.0]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    assert spearman([1.0, None, 2.0], [3.0, 9.0, 4.0]) == pytest.approx(1.0)
+    assert spearman([1.0, 1.0], [1.0, 2.0]) is None
+    assert spearman([1.0], [1.0]) is None
+    with pytest.raises(ValueError, match="cannot be compared"):
+        spearman([1.0], [1.0, 2.0])
+
+
+@given(values=st.lists(st.integers(-50, 50).map(float), min_size=2, max_size=12, unique=True))
+def test_spearman_follows_order_only(values):
+    assert spearman(values, [value**3 for value in values]) == pytest.approx(1.0)
+    assert spearman(values, [-value for value in values]) == pytest.approx(-1.0)
+
+
+def test_kappa_by_hand():
+    # 20 and 15 of 50 alike, 5 and 10 not: p_o = 0.7, p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5.
+    first = ["yes"] * 25 + ["no"] * 25
+    second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert cohens_kappa(first, second) == pytest.approx(0.4)
+    assert cohens_kappa([*first, None], [*second, "yes"]) == pytest.approx(0.4)
+    assert cohens_kappa(["a", "a"], ["a", "a"]) is None
+    assert cohens_kappa([None], ["a"]) is None
+    with pytest.raises(ValueError, match="cannot be compared"):
+        cohens_kappa(["a"], [])
+
+
+def test_too_much_missing_feedback_stops():
+    check_missing(0, 0, 0.0, "judge")
+    check_missing(1, 10, 0.1, "judge")
+    with pytest.raises(MissingFeedbackError) as caught:
+        check_missing(2, 10, 0.1, "scores of step 3")
+    assert caught.value.where == "scores of step 3"
+    assert "2 of 10 missing (20%)" in str(caught.value)
+    with pytest.raises(MissingFeedbackError):
+        check_missing(1, 10, 0.0, "judge")
