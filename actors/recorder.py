@@ -11,12 +11,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from actors.store import Store
 from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.errors import RecordError
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.runs import tables
-from rlhf.types import GroupHandle, Ranking, RolloutGroup, Score, Verdict
+from rlhf.types import Completion, GroupHandle, Prompt, Ranking, Rollout, RolloutGroup, Score, TrainGroup, Verdict
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
 
@@ -28,6 +30,16 @@ def pointwise_scores(num_samples: int, verdicts: Sequence[Verdict]) -> list[floa
         if len(verdict.samples) == 1:
             scores[verdict.samples[0]] = verdict.value
     return scores
+
+
+def people_group(prompt: Prompt, texts: Sequence[str], group: TrainGroup) -> RolloutGroup:
+    """Completions that people wrote or chose as rollouts without log-probs and weight versions: no engine drew them."""
+    nothing = np.zeros(0, np.float32)
+    completions = [
+        Completion(token_ids=ids, log_probs=nothing, text=text, finish_reason="stop", version_spans=())
+        for ids, text in zip(group.completion_ids, texts, strict=True)
+    ]
+    return RolloutGroup(prompt, tuple(Rollout(completion) for completion in completions))
 
 
 class RecorderWorker:
@@ -87,6 +99,37 @@ class RecorderWorker:
         ]
         trained = groups_from_feedback([self._group(handle) for handle in groups], rankings, scores)
         write_groups(self._run / "groups" / f"{name}.parquet", trained)
+
+    def import_preferences(self, path: Path, tokenizer_from: Path, max_tokens: int) -> int:
+        """Turns a file of people's pairs, ranked lists or ratings into what the feedback stage leaves.
+
+        Args:
+            path: JSONL, CSV or parquet, see ``rlhf.data.preferences``.
+            tokenizer_from: Folder of the model to train.
+            max_tokens: Longest prompt and completion together.
+
+        Returns:
+            Number of rankings.
+
+        Raises:
+            DataError: A fault in the file, with its line.
+        """
+        from transformers import AutoTokenizer
+
+        from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+        feedback = load_people_feedback(PreferenceDataConfig(path=str(path)), tokenizer, max_tokens)
+        groups = feedback_groups(feedback, tokenizer)
+        name = "feedback_0000"
+        written = [
+            people_group(item.prompt, item.completions, group) for item, group in zip(feedback, groups, strict=True)
+        ]
+        rows = [row for group in written for row in tables.rollout_rows(group, (), None)]
+        tables.write_table(self._path("rollouts", name), rows, tables.ROLLOUTS)
+        self.record_rankings(name, [item.ranking for item in feedback])
+        write_groups(self._run / "groups" / f"{name}.parquet", groups)
+        return len(feedback)
 
     def has_chunk(self, chunk: int) -> bool:
         """Whether ``record_chunk`` came to its end for this chunk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from actors.recorder import RecorderWorker
 from actors.store import LocalStore
-from rlhf.errors import RecordError
+from rlhf.data.groups import read_groups
+from rlhf.errors import DataError, RecordError
 from rlhf.evaluation.completions import from_wide
 from rlhf.runs import tables
 from rlhf.types import (
@@ -28,6 +30,7 @@ from rlhf.types import (
     VersionSpan,
 )
 from tests.rlhf.evaluation.rows import eval_rows
+from tests.tiny import build_tokenizer
 
 
 def make_group(index: int, num_samples: int = 4, length: int = 5) -> RolloutGroup:
@@ -191,3 +194,52 @@ def test_any_parquet_reader_can_open_the_files(recorder: RecorderWorker, tmp_pat
     recorder.record(2, [make_handle(make_group(0), SCORES)])
     table = pq.read_table(tmp_path / "rollouts")
     assert table.schema.names == tables.ROLLOUTS.names and table.num_rows == 4
+
+
+def test_a_feedback_chunk_is_complete_when_its_training_groups_are_there(
+    recorder: RecorderWorker, tmp_path: Path
+) -> None:
+    groups = [make_group(0), make_group(1)]
+    handles = [make_handle(group) for group in groups]
+    verdicts = [
+        tuple(Verdict(g.prompt.uid, (k,), None if k == 2 else float(k), error="" if k != 2 else "x") for k in range(4))
+        for g in groups
+    ]
+    rankings = [Ranking(group.prompt.uid, (3, 2, None, 1), "judge") for group in groups]
+    assert not recorder.has_chunk(0)
+    recorder.record_chunk(0, handles, verdicts, rankings)
+    assert recorder.has_chunk(0) and not recorder.has_chunk(1)
+    assert recorder.feedback_counts() == {"num_verdicts": 8, "missing_fraction": 0.25, "num_rankings": 2}
+    back = recorder.feedback_groups()
+    assert [score.value for score in back[0].scores] == [0.0, 1.0, None, 3.0]
+    (first, _) = read_groups([tmp_path / "groups" / "feedback_0000.parquet"])
+    np.testing.assert_array_equal(first.ranks, [3.0, 2.0, np.nan, 1.0])
+    np.testing.assert_array_equal(first.completion_ids[3], groups[0].rollouts[3].completion.token_ids)
+
+
+def test_people_replace_the_judge(recorder: RecorderWorker, tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [
+        {"prompt": "A film about a heist?", "chosen": "I loved it.", "rejected": "I hated it."},
+        {"prompt": "A film about the sea?", "completions": ["best", "good", "bad"]},
+    ]
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recorder.import_preferences(path, tmp_path / "model", 256) == 2
+    rankings = recorder.read_rankings("feedback_0000")
+    assert [ranking.ranks for ranking in rankings] == [(1, 2), (1, 2, 3)]
+    assert {ranking.source for ranking in rankings} == {"people"}
+    groups = read_groups([tmp_path / "groups" / "feedback_0000.parquet"])
+    assert [group.ranks for group in groups] == [(1.0, 2.0), (1.0, 2.0, 3.0)]
+    texts = [r.completion.text for handle in recorder.read_groups("feedback_0000") for r in handle.payload.rollouts]
+    assert texts == ["I loved it.", "I hated it.", "best", "good", "bad"]
+    assert recorder.names("verdicts") == [], "people give rankings, no verdicts"
+
+
+def test_a_fault_in_peoples_file_names_its_line(recorder: RecorderWorker, tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "people.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"\n')
+    with pytest.raises(DataError, match="people.jsonl:2"):
+        recorder.import_preferences(path, tmp_path / "model", 256)
+    assert recorder.names("rankings") == []

@@ -153,13 +153,17 @@ def test_second_driver_is_refused_and_a_killed_one_is_not(tmp_path: Path) -> Non
 
 def test_lock_is_not_inherited_by_programs_that_the_driver_starts(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], close_fds=False, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
     try:
+        assert child.stdout.readline() == "up\n"
         run.close()
         opened(tmp_path / "run").close()
     finally:
         child.kill()
         child.wait(timeout=30)
+        child.stdout.close()
 
 
 def test_stages_are_complete_once_written(tmp_path: Path) -> None:
