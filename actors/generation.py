@@ -1,0 +1,220 @@
+"""The generation role: prompts in, rollout groups in the object store, weights by publication."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+from actors.store import Store
+from actors.vllm.config import EngineConfig
+from actors.vllm.engine import Request, VllmEngine
+from actors.vllm.processes import Cores
+from rlhf.errors import DataError, PublicationError
+from rlhf.sampling import SamplingConfig, sampling_seed
+from rlhf.types import Completion, GroupHandle, Handle, Prompt, Rollout, RolloutGroup
+from rlhf.weights import Bucket, combine_digests
+
+
+class GenerationWorker:
+    """One replica of the generation fleet.
+
+    Construction is light and ``start`` loads the model. All methods are coroutines of one event loop and may overlap.
+
+    Args:
+        model: Folder in Hugging Face layout.
+        engine: How vLLM is started.
+        sampling: The distribution that completions are drawn from.
+        run_seed: Seed of the run.
+        store: Where rollout groups go and buckets come from.
+        cores: Which cores, or how many threads, the engine may use.
+        version: Version number of the weights in the folder.
+        name: For errors, for example ``"generation[0]"``.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        engine: EngineConfig,
+        sampling: SamplingConfig,
+        run_seed: int,
+        store: Store,
+        *,
+        cores: Cores | None = None,
+        version: int = 0,
+        name: str = "generation",
+    ) -> None:
+        self._engine = VllmEngine(model, engine, cores=cores, version=version, name=name)
+        self._dtype = engine.dtype
+        self._max_model_len = engine.max_model_len
+        self._sampling = sampling
+        self._run_seed = run_seed
+        self._store = store
+        self._name = name
+        self._num_tokens = 0
+        self._num_completions = 0
+        self._busy_s = 0.0
+        self._num_calls = 0
+        self._busy_since = 0.0
+
+    async def start(self) -> None:
+        """Loads the model; returns when the replica can draw."""
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        """Ends the engine and its processes."""
+        await self._engine.stop()
+
+    async def generate(self, prompts: Sequence[Prompt], num_samples: int, version: int) -> list[GroupHandle]:
+        """Draws ``num_samples`` siblings for each prompt; see ``stream``."""
+        return [group async for group in self.stream(prompts, num_samples, version)]
+
+    async def stream(
+        self,
+        prompts: Sequence[Prompt],
+        num_samples: int,
+        version: int,
+        sampling: SamplingConfig | None = None,
+    ) -> AsyncGenerator[GroupHandle, None]:
+        """Draws all siblings of all prompts at once and yields each group as it is complete, in the prompts' order.
+
+        The prompts are admitted together before the first token is drawn. With nothing else in flight, a repeated call
+        on the same weights gives the same tokens and log-probs, bit for bit.
+
+        Args:
+            prompts: What to answer.
+            num_samples: Siblings per prompt.
+            version: Oldest weights that will do; also part of each completion's seed.
+            sampling: Another distribution than the run's, for example greedy in an evaluation.
+
+        Raises:
+            DataError: A prompt leaves no room for a completion.
+            EngineError: The engine died, or its weights are older than ``version``.
+            DeadlineError: The engine did not finish in time.
+        """
+        sampling = sampling or self._sampling
+        self._check_lengths(prompts, sampling)
+        requests = [
+            Request(f"{prompt.uid}#{k}", prompt.token_ids, sampling_seed(self._run_seed, prompt.uid, k, version))
+            for prompt in prompts
+            for k in range(num_samples)
+        ]
+        self._enter()
+        try:
+            siblings: list[Completion] = []
+            remaining = iter(prompts)
+            async with contextlib.aclosing(self._engine.sample(requests, sampling, version=version)) as completions:
+                async for completion in completions:
+                    siblings.append(completion)
+                    if len(siblings) == num_samples:
+                        yield self._put(next(remaining), siblings)
+                        siblings = []
+        finally:
+            self._leave()
+
+    async def begin_update(self, version: int) -> None:
+        """Stops serving, freezes what is in flight and opens the replica for buckets of ``version``."""
+        await self._engine.weights.begin(version)
+
+    async def receive_bucket(self, handle: Handle) -> None:
+        """Loads one bucket, given as its handle or itself; buckets come in order of their index."""
+        bucket = handle if isinstance(handle, Bucket) else await asyncio.to_thread(self._store.get, handle)
+        if not isinstance(bucket, Bucket):
+            await self._engine.weights.abort("its update brought something other than weights")
+            raise PublicationError(
+                self._name,
+                found=f"a {type(bucket).__name__}",
+                needed="a bucket of weights",
+                action="Publish the weights again.",
+            )
+        await self._engine.weights.load(bucket)
+
+    async def finish_update(self, version: int, digest: str) -> None:
+        """Serves the new weights, if all of them arrived: ``digest`` is ``combine_digests`` of the buckets sent."""
+        await self._engine.weights.finish(version, digest)
+
+    async def load_folder(self, folder: Path, version: int, bucket_bytes: int) -> None:
+        """Takes the weights of a saved model as if they had been published: how a fleet changes models between stages.
+
+        Args:
+            folder: Hugging Face layout, of the architecture that the engine was started with.
+            version: Version number of these weights.
+            bucket_bytes: Largest bucket held in memory.
+        """
+        from rlhf.models.buckets import folder_buckets
+
+        await self.begin_update(version)
+        digests: list[str] = []
+        buckets = folder_buckets(folder, bucket_bytes, self._dtype)
+        while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
+            await self.receive_bucket(bucket)
+            digests.append(bucket.digest)
+        await self.finish_update(version, combine_digests(digests))
+
+    async def abort_update(self) -> None:
+        """Gives an open update up; the replica does not serve until another one succeeded."""
+        await self._engine.weights.abort()
+
+    async def tensor_digests(self) -> Mapping[str, str]:
+        """BLAKE2b of each tensor that the last update handed to the engine, by Hugging Face name."""
+        return await self._engine.weights.tensor_digests()
+
+    async def sleep(self, keep_weights: bool = True) -> None:
+        """Gives GPU memory back between phases, where the engine section allows it."""
+        await self._engine.sleep(keep_weights=keep_weights)
+
+    async def wake(self, parts: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Takes GPU memory back."""
+        await self._engine.wake(parts)
+
+    async def stats(self) -> Mapping[str, float]:
+        """Totals since construction: tokens and completions drawn, seconds with work in hand; -1 is no version."""
+        running = time.monotonic() - self._busy_since if self._num_calls else 0.0
+        return {
+            "num_tokens": float(self._num_tokens),
+            "num_completions": float(self._num_completions),
+            "seconds": self._busy_s + running,
+            "version": float(-1 if self._engine.version is None else self._engine.version),
+            "alive": float(self._engine.is_alive),
+            "in_flight": float(self._engine.num_in_flight),
+        }
+
+    async def engine_processes(self) -> tuple[int, ...]:
+        """Ids of the engine's processes, for memory accounts and fault drills."""
+        return self._engine.processes
+
+    def _check_lengths(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        for prompt in prompts:
+            if not prompt.token_ids or len(prompt.token_ids) + sampling.max_tokens > self._max_model_len:
+                raise DataError(
+                    f"prompt {prompt.uid}",
+                    found=f"{len(prompt.token_ids)} tokens and completions of up to {sampling.max_tokens}",
+                    needed=f"at least one token, and at most {self._max_model_len} together",
+                    action="Shorten the prompt or sampling.max_tokens, or raise max_model_len of the engine section.",
+                )
+
+    def _put(self, prompt: Prompt, siblings: Sequence[Completion]) -> GroupHandle:
+        spans = [span.version for completion in siblings for span in completion.version_spans]
+        lengths = tuple(len(completion.token_ids) for completion in siblings)
+        self._num_tokens += sum(lengths)
+        self._num_completions += len(siblings)
+        group = RolloutGroup(prompt, tuple(Rollout(completion) for completion in siblings))
+        return GroupHandle(
+            uid=prompt.uid,
+            payload=self._store.put(group),
+            prompt_length=len(prompt.token_ids),
+            completion_lengths=lengths,
+            weight_versions=(min(spans), max(spans)),
+        )
+
+    def _enter(self) -> None:
+        if not self._num_calls:
+            self._busy_since = time.monotonic()
+        self._num_calls += 1
+
+    def _leave(self) -> None:
+        self._num_calls -= 1
+        if not self._num_calls:
+            self._busy_s += time.monotonic() - self._busy_since

@@ -1,0 +1,40 @@
+"""What a vLLM engine is started with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.config import StrictModel
+
+
+class EngineConfig(StrictModel):
+    """One vLLM engine, on CPU or GPU."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of weights and activations; published weights are cast to it."""
+    max_model_len: int = Field(default=1024, ge=8)
+    """Longest prompt and completion together, in tokens."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Most completions that are drawn at the same time."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Most tokens, prompts included, in one forward pass."""
+    kv_cache_gib: float | None = Field(default=1.0, gt=0.0)
+    """Memory of the KV cache in GiB per device; null takes what ``gpu_memory_utilization`` leaves, on GPUs only."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Share of a GPU's memory that weights, activations and cache may fill; read where ``kv_cache_gib`` is null."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Devices that share one copy of the weights."""
+    enforce_eager: bool = True
+    """Run layers as written; false compiles them (and captures CUDA graphs) at start, which pays in long runs."""
+    enable_prefix_caching: bool = True
+    """Compute what prompts share, such as the prompt of K siblings, once."""
+    enable_sleep: bool = False
+    """Let the engine give back GPU memory between phases; on a CPU there is nothing to give back."""
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Longest time from start to ready, in seconds."""
+    generate_timeout_s: float = Field(default=900.0, gt=0.0)
+    """Longest time for one call that draws completions or asks for label log-probabilities, in seconds."""
+    update_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Longest time from the first to the last bucket of a weight publication, in seconds."""

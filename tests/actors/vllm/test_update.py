@@ -1,0 +1,204 @@
+"""Real vLLM on CPU: weights arrive whole and bit-equal, or nothing is served."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+
+from actors.vllm.config import EngineConfig
+from rlhf.errors import EngineError, PublicationError
+from rlhf.sampling import SamplingConfig
+from rlhf.weights import make_bucket
+from tests.actors.vllm.engines import (
+    RunningWorker,
+    make_buckets,
+    make_prompts,
+    texts_and_bits,
+    weights_of,
+)
+from tests.tiny import build_tiny_model
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """Another seed's weights, exported to a folder."""
+    return build_tiny_model(tmp_path_factory.mktemp("other"), seed=5)
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=32).hexdigest()
+
+
+def test_published_weights_act_bit_for_bit_like_a_fresh_engine_on_the_export(generation: RunningWorker, other_model):
+    sent = weights_of(other_model)
+    buckets = make_buckets(sent)
+    assert len(buckets) >= 3
+    old = texts_and_bits(generation.generate(version=0))
+    generation.publish(buckets)
+    received = generation.run(generation.worker.tensor_digests())
+    assert received == {name: _hash(tensor) for name, tensor in sent.items()}
+    published = texts_and_bits(generation.generate(version=0))
+    assert published != old
+
+    fresh = RunningWorker(other_model)
+    processes = fresh.run(fresh.worker.engine_processes())
+    try:
+        assert texts_and_bits(fresh.generate(version=0)) == published
+    finally:
+        fresh.stop()
+    assert processes
+    assert not any(_exists(pid) for pid in processes)
+    with pytest.raises(EngineError, match="it was stopped"):
+        asyncio.run(fresh.worker.generate(make_prompts(1), 1, 0))
+
+
+def _exists(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid)
+
+
+def test_a_tied_output_layer_may_be_sent_or_left_out(generation: RunningWorker, other_model):
+    sent = weights_of(other_model)
+    assert "lm_head.weight" not in sent
+    generation.publish(make_buckets(sent))
+    left_out = texts_and_bits(generation.generate(version=0))
+    generation.reset()
+    generation.publish(make_buckets(sent | {"lm_head.weight": sent["model.embed_tokens.weight"]}))
+    assert texts_and_bits(generation.generate(version=0)) == left_out
+    untied = sent | {"lm_head.weight": sent["model.embed_tokens.weight"] + 1}
+    with pytest.raises(PublicationError, match="different values for lm_head.weight"):
+        generation.publish(make_buckets(untied))
+
+
+def _flip(bucket):
+    data = bucket.data.copy()
+    data[len(data) // 2] ^= 1
+    return dataclasses.replace(bucket, data=data)
+
+
+FAULTS = {
+    "corrupted": (lambda b: [b[0], _flip(b[1]), *b[2:]], "digest"),
+    "missing": (lambda b: b[:-1], "of 5 buckets"),
+    "out of order": (lambda b: [b[1], b[0], *b[2:]], "bucket 1 of 5"),
+    "of two models": (lambda b: [b[0], dataclasses.replace(b[1], count=9), *b[2:]], "bucket 1 of 9"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_update_stops_service_until_a_good_one(generation: RunningWorker, other_model, fault):
+    spoil, words = FAULTS[fault]
+    good = texts_and_bits(generation.generate(version=0))
+    with pytest.raises(PublicationError, match=words):
+        generation.publish(spoil(make_buckets(weights_of(other_model))))
+    with pytest.raises(EngineError, match="serves nothing"):
+        generation.generate(version=0)
+    assert generation.run(generation.worker.stats())["version"] == -1
+    generation.reset()
+    assert texts_and_bits(generation.generate(version=0)) == good
+
+
+def test_a_parameter_that_was_never_sent_is_named(generation: RunningWorker, other_model):
+    sent = weights_of(other_model)
+    del sent["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(PublicationError, match="model.layers.1.mlp.down_proj"):
+        generation.publish(make_buckets(sent))
+    sent = weights_of(other_model)
+    del sent["model.layers.0.self_attn.v_proj.weight"]  # one part of a fused parameter
+    with pytest.raises(PublicationError, match="qkv_proj"):
+        generation.publish(make_buckets(sent))
+
+
+def test_a_wrong_shape_and_an_unknown_name_are_refused(generation: RunningWorker, other_model):
+    sent = weights_of(other_model)
+    with pytest.raises(PublicationError):
+        generation.publish(make_buckets(sent | {"model.norm.weight": torch.ones(7)}))
+    with pytest.raises(PublicationError):
+        generation.publish(make_buckets(sent | {"model.layers.9.extra.weight": torch.ones(7)}))
+    with pytest.raises(EngineError, match="serves nothing"):
+        generation.generate(version=0)
+
+
+def test_buckets_need_an_open_update(generation: RunningWorker):
+    bucket = make_bucket(0, 1, {"model.norm.weight": torch.ones(64)})
+    with pytest.raises(PublicationError, match="no open update"):
+        generation.run(generation.worker.receive_bucket(bucket))
+    assert generation.generate()
+
+
+def test_an_update_that_is_never_finished_runs_out_of_time(generation: RunningWorker, monkeypatch):
+    updates = generation.worker._engine.weights
+    monkeypatch.setattr(updates, "_timeout_s", 0.5)
+
+    async def half():
+        await generation.worker.begin_update(99)
+        waiting = asyncio.create_task(generation.worker.generate(make_prompts(1), 1, 0))
+        await asyncio.sleep(0.1)
+        assert not waiting.done(), "it waits for the update to end"
+        with pytest.raises(EngineError, match="did not finish in 0.5 s"):
+            await waiting
+
+    generation.run(half())
+    monkeypatch.undo()
+    generation.reset()
+    assert generation.generate()
+
+
+LONG = SamplingConfig(max_tokens=150, ignore_eos=True)
+
+
+async def _draw_long(generation: RunningWorker):
+    return [g async for g in generation.worker.stream(make_prompts(2), 2, 0, LONG)]
+
+
+async def _until_in_flight(generation: RunningWorker) -> None:
+    while not (await generation.worker.stats())["in_flight"]:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.15)  # some tokens under the old weights
+
+
+def test_completions_in_flight_carry_the_versions_of_their_tokens(generation: RunningWorker, other_model):
+    buckets = make_buckets(weights_of(other_model))
+    old = generation.version
+
+    async def change():
+        drawing = asyncio.create_task(_draw_long(generation))
+        await _until_in_flight(generation)
+        await generation.worker.begin_update(old + 1)
+        for bucket in buckets:
+            await generation.worker.receive_bucket(bucket)
+        from rlhf.weights import combine_digests
+
+        await generation.worker.finish_update(old + 1, combine_digests([b.digest for b in buckets]))
+        return await drawing
+
+    generation.version += 1
+    for group in generation.run(change()):
+        assert group.weight_versions == (old, old + 1)
+        for rollout in group.payload.rollouts:
+            first, second = rollout.completion.version_spans
+            assert (first.version, first.start, second.version, second.end) == (old, 0, old + 1, 150)
+            assert 0 < first.end == second.start < 150
+
+
+def test_an_aborted_update_fails_what_was_in_flight(generation: RunningWorker):
+    async def abort():
+        drawing = asyncio.create_task(_draw_long(generation))
+        await _until_in_flight(generation)
+        await generation.worker.begin_update(99)
+        await generation.worker.abort_update()
+        with pytest.raises(EngineError, match="abort"):
+            await drawing
+        return await generation.worker.stats()
+
+    assert generation.run(abort())["in_flight"] == 0
+
+
+def test_defaults_are_usable():
+    assert EngineConfig().kv_cache_gib == 1.0
