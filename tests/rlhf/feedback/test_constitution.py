@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.feedback.constitution import ContentFreeCentre, load_constitution
+from rlhf.feedback.prompts import requests_for_texts
 from rlhf.feedback.verdicts import fixed_centre
 from rlhf.types import Message, Prompt
 from tests.rlhf.feedback.conftest import POINTWISE, pairwise_settings, settings
@@ -122,3 +124,16 @@ def test_the_shipped_constitutions_load_and_share_neither_wording_nor_examples()
         assert fixed_centre(constitution) is not None
         assert constitution.config.sign is not None
         assert set(constitution.config.sign.values) == {"enthusiastic", "scathing"}
+
+
+def test_every_shipped_constitution_builds_its_questions():
+    prompt = Prompt("train/1", (Message("user", "Write a review."),), (1,), {"request": "scathing"})
+    paths = sorted(SHIPPED.glob("*.yaml"))
+    assert len(paths) == 3
+    for path in paths:
+        constitution = load_constitution(path)
+        requests = requests_for_texts(constitution, prompt, ["Nice.", "Bad."], seed=0)
+        assert len(requests) == 2
+        for request in requests:
+            assert not re.search(r"\{[a-z]+\}", request.text)
+            assert request.text == request.text.rstrip()
