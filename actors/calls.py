@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import ray
 from ray import exceptions
 
 from rlhf.errors import DeadlineError, ReplicaLostError, RlhfError
+
+T = TypeVar("T")
 
 
 def classify(error: Exception, where: str) -> RlhfError:
@@ -18,12 +20,10 @@ def classify(error: Exception, where: str) -> RlhfError:
     A worker's own ``RlhfError`` comes back as it was raised. Anything else that a task raised is a defect of the worker
     and keeps its traceback in the text; a dead actor, an unreachable node or a lost object is a ``ReplicaLostError``.
     """
-    if isinstance(error, RlhfError):
-        return error
     if isinstance(error, exceptions.RayTaskError):
-        cause = error.cause
-        if isinstance(cause, RlhfError):
-            return cause
+        # Ray raises a mixture of its own class and the cause's; the cause alone is what the worker raised.
+        if isinstance(error.cause, RlhfError):
+            return error.cause
         return ReplicaLostError(
             where, found=str(error), needed="a result", action="See the worker's log for the cause."
         )
@@ -42,10 +42,10 @@ async def await_ref(ref: Any, *, timeout_s: float, where: str) -> Any:
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+    except exceptions.RayError as error:  # before TimeoutError: a worker may have raised one of those itself
+        raise classify(error, where) from error
     except TimeoutError:
         raise _deadline(where, timeout_s) from None
-    except (exceptions.RayError, RlhfError) as error:
-        raise classify(error, where) from error
 
 
 async def stream(refs: Any, *, timeout_s: float, where: str) -> AsyncIterator[Any]:
@@ -58,11 +58,22 @@ async def stream(refs: Any, *, timeout_s: float, where: str) -> AsyncIterator[An
             ref = await asyncio.wait_for(anext(iterator), max(left, 0.0))
         except StopAsyncIteration:
             return
+        except exceptions.RayError as error:
+            raise classify(error, where) from error
         except TimeoutError:
             raise _deadline(where, timeout_s) from None
-        except (exceptions.RayError, RlhfError) as error:
-            raise classify(error, where) from error
         yield await await_ref(ref, timeout_s=max(left, 1.0), where=where)
+
+
+async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Awaits everything and returns results in order; a failure ends the rest, is waited out, and then raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _deadline(where: str, timeout_s: float) -> DeadlineError:

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from actors.calls import await_ref, kill, stream
-from rlhf.errors import DeadlineError, PublicationError, ReplicaLostError, RlhfError
+from actors.calls import await_ref, gather_all, kill, stream
+from rlhf.errors import (
+    DeadlineError,
+    EngineError,
+    JudgeError,
+    PublicationError,
+    ReplicaLostError,
+    RlhfError,
+    ScorerError,
+)
 
 Event = Callable[..., None]
+
+REPLACEABLE = (ReplicaLostError, DeadlineError, EngineError, JudgeError, ScorerError)
+"""Failures that another replica may not have. Any other error lies in what was asked and is raised at once."""
 
 
 class ReplicaState(StrEnum):
@@ -27,14 +38,20 @@ class ReplicaState(StrEnum):
     DEAD = "dead"
 
 
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass(eq=False)
 class Replica:
-    """One actor of a fleet."""
+    """One actor of a fleet; ``idle`` is set while no call of it is in flight."""
 
     index: int
-    handle: Any
+    handle: Any = None
     state: ReplicaState = ReplicaState.STARTING
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: asyncio.Event = field(default_factory=_set_event)
     in_flight: int = 0
 
 
@@ -50,9 +67,12 @@ class FleetLimits:
 class Fleet:
     """Replicas of one role.
 
+    Joining and leaving happen under one lock, towards the number that ``scale`` asked for last; calls go on meanwhile.
+
     Args:
         role: Name in logs and errors.
-        spawn: Places and creates the actor of one index; it does not wait for its start.
+        spawn: Places and creates the actor of one index; it does not wait for its start. Called in a thread, as the
+            placement may have to wait for room.
         retire: Gives the placement of an ended actor back.
         event: Writes one line of the event log: ``event(kind, role=..., replica=..., ...)``.
         limits: Deadlines and restarts.
@@ -72,8 +92,10 @@ class Fleet:
         self._retire = retire
         self._event = event
         self._replicas: list[Replica] = []
+        self._wanted = 0
         self._next_index = 0
         self._restarts = 0
+        self._last_loss: RlhfError | None = None
         self._membership = asyncio.Lock()
         self.welcome: Callable[[Any], Awaitable[None]] | None = None
         """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
@@ -83,49 +105,111 @@ class Fleet:
         """Replicas that take work, in index order."""
         return [replica for replica in self._replicas if replica.state is ReplicaState.HEALTHY]
 
+    @property
+    def num_missing(self) -> int:
+        """Replicas that were lost and not replaced yet."""
+        return max(0, self._wanted - len(self.healthy))
+
+    # Membership
+
     async def scale(self, num_replicas: int) -> None:
         """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first."""
         async with self._membership:
-            while len(self.healthy) > num_replicas:
-                await self._leave(self.healthy[-1])
-            missing = num_replicas - len(self.healthy)
-            if missing > 0:
-                await asyncio.gather(*(self._join() for _ in range(missing)))
-                self._replicas.sort(key=lambda replica: replica.index)
+            before, self._wanted = self._wanted, num_replicas
+            await gather_all(self._leave(replica) for replica in self.healthy[num_replicas:])
+            try:
+                await gather_all(self._join() for _ in range(self.num_missing))
+            except RlhfError:
+                self._wanted = max(before, len(self.healthy))  # what could not join is not asked for again
+                raise
+
+    async def repair(self) -> None:
+        """Replaces what a broadcast dropped; raises the last loss when restarts are used up."""
+        async with self._membership:
+            if self._last_loss is not None:
+                loss = self._last_loss
+                await gather_all(self._restart(loss) for _ in range(self.num_missing))
+
+    async def replace(self, replica: Replica, error: RlhfError) -> Replica:
+        """Ends a failed replica and returns the one that takes its work over: a newcomer where one is missing.
+
+        Raises:
+            RlhfError: ``error`` when restarts are used up, or what kept the newcomer from starting.
+        """
+        self._drop(replica, error)
+        async with self._membership:
+            if self.num_missing:
+                return await self._restart(error)
+        if not self.healthy:
+            raise error  # the fleet was stopped
+        return min(self.healthy, key=lambda other: (other.in_flight, other.index))
+
+    async def stop(self) -> None:
+        """Ends every replica and gives its placement back."""
+        self._wanted = 0
+        await gather_all(self._stop(replica) for replica in list(self._replicas))
+
+    async def _restart(self, error: RlhfError) -> Replica:
+        while self._restarts < self.limits.max_restarts:
+            self._restarts += 1
+            try:
+                return await self._join()
+            except RlhfError as failure:
+                self._event("restart_failed", role=self.role, error=str(failure))
+                error = failure
+        raise error
 
     async def _join(self) -> Replica:
-        replica = Replica(self._next_index, None)
+        replica = Replica(self._next_index)
         self._next_index += 1
-        where = f"{self.role}[{replica.index}]"
+        where = f"{self.role}[{replica.index}].start"
         began = asyncio.get_running_loop().time()
-        replica.handle = self._spawn(replica.index)
         self._replicas.append(replica)
+        placed = asyncio.ensure_future(asyncio.to_thread(self._spawn, replica.index))
         try:
-            await await_ref(
-                replica.handle.start.remote(), timeout_s=self.limits.start_timeout_s, where=f"{where}.start"
-            )
+            replica.handle = await asyncio.shield(placed)
+            await await_ref(replica.handle.start.remote(), timeout_s=self.limits.start_timeout_s, where=where)
             if self.welcome is not None:
                 await self.welcome(replica.handle)
-        except RlhfError:
-            self._bury(replica)
-            raise
-        replica.state = ReplicaState.HEALTHY
+            if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
+                replica.state = ReplicaState.HEALTHY
+        finally:
+            if replica.state is not ReplicaState.HEALTHY:
+                placed.add_done_callback(lambda _: self._bury_late(replica, placed))
+                self._bury(replica)
+        self._replicas.sort(key=lambda other: other.index)
         seconds = asyncio.get_running_loop().time() - began
         self._event("replica_joined", role=self.role, replica=replica.index, seconds=round(seconds, 3))
         return replica
 
+    def _bury_late(self, replica: Replica, placed: asyncio.Future[Any]) -> None:
+        """Ends an actor whose join was given up while it was being placed."""
+        if replica.handle is None and not placed.cancelled() and placed.exception() is None:
+            replica.handle = placed.result()
+            self._bury(replica)
+
     async def _leave(self, replica: Replica) -> None:
         replica.state = ReplicaState.LEAVING
-        if replica.in_flight:
-            replica.idle.clear()
+        with contextlib.suppress(TimeoutError):  # work that outlasts its own deadline is not waited for
             await asyncio.wait_for(replica.idle.wait(), self.limits.call_timeout_s)
-        await self._stop(replica)
-        self._event("replica_left", role=self.role, replica=replica.index)
+        if replica.state is ReplicaState.LEAVING:  # it may have died at its last work
+            await self._stop(replica)
+            self._event("replica_left", role=self.role, replica=replica.index)
 
     async def _stop(self, replica: Replica) -> None:
-        with contextlib.suppress(ReplicaLostError, DeadlineError):
-            await await_ref(replica.handle.stop.remote(), timeout_s=60.0, where=f"{self.role}[{replica.index}].stop")
-        self._bury(replica)
+        where = f"{self.role}[{replica.index}].stop"
+        try:
+            if replica.handle is not None:
+                with contextlib.suppress(RlhfError):  # it is ended either way
+                    await await_ref(replica.handle.stop.remote(), timeout_s=60.0, where=where)
+        finally:
+            self._bury(replica)
+
+    def _drop(self, replica: Replica, error: RlhfError) -> None:
+        if replica.state is not ReplicaState.DEAD:  # another call of the same replica may have been here first
+            self._bury(replica)
+            self._last_loss = error
+            self._event("replica_lost", role=self.role, replica=replica.index, error=str(error))
 
     def _bury(self, replica: Replica) -> None:
         replica.state = ReplicaState.DEAD
@@ -135,56 +219,53 @@ class Fleet:
             kill(replica.handle)
             self._retire(replica.handle)
 
-    async def stop(self) -> None:
-        """Ends every replica and gives its placement back."""
-        await asyncio.gather(*(self._stop(replica) for replica in list(self._replicas)))
-
-    async def replace(self, replica: Replica, error: RlhfError) -> None:
-        """Ends a failed replica and starts another in its place; raises ``error`` when restarts are used up."""
-        if replica.state is ReplicaState.DEAD:
-            return  # another call of the same replica was here first
-        self._bury(replica)
-        self._event("replica_lost", role=self.role, replica=replica.index, error=str(error))
-        self._restarts += 1
-        if self._restarts > self.limits.max_restarts:
-            raise error
-        async with self._membership:
-            await self._join()
+    # Calls
 
     async def call(self, replica: Replica, method: str, *args: Any) -> Any:
         """One call of one replica, bounded in time."""
-        replica.in_flight += 1
-        try:
-            ref = getattr(replica.handle, method).remote(*args)
-            where = f"{self.role}[{replica.index}].{method}"
-            return await await_ref(ref, timeout_s=self.limits.call_timeout_s, where=where)
-        finally:
-            self._finished(replica)
+        return await self._submit(replica, method, *args)
 
-    def _finished(self, replica: Replica) -> None:
-        replica.in_flight -= 1
-        if not replica.in_flight:
-            replica.idle.set()
+    def _submit(self, replica: Replica, method: str, *args: Any) -> asyncio.Future[Any]:
+        """Sends one call at once, so that no leave can come between the choice of a replica and its work."""
+        ref = getattr(replica.handle, method).remote(*args)
+        where = f"{self.role}[{replica.index}].{method}"
+        return self._track(replica, await_ref(ref, timeout_s=self.limits.call_timeout_s, where=where))
+
+    def _track(self, replica: Replica, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        replica.in_flight += 1
+        replica.idle.clear()
+
+        def finished(_: object) -> None:
+            replica.in_flight -= 1
+            if not replica.in_flight:
+                replica.idle.set()
+
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(finished)
+        return task
 
     async def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Calls every healthy replica; one that fails is dropped from the fleet and replaced by the next ``repair``.
+        """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
+
+        A leaver still takes part: its last work may wait for the other half of what is broadcast.
 
         Raises:
             PublicationError: No replica is left.
         """
-        replicas = self.healthy
-        results = await asyncio.gather(*(self.call(r, method, *args) for r in replicas), return_exceptions=True)
+        working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
+        replicas = [replica for replica in self._replicas if replica.state in working]
+        calls = [self._submit(replica, method, *args) for replica in replicas]
+        results = await asyncio.gather(*calls, return_exceptions=True)
         kept = []
         for replica, result in zip(replicas, results, strict=True):
             if isinstance(result, RlhfError):
-                self._bury(replica)
-                self._event("replica_lost", role=self.role, replica=replica.index, error=str(result))
+                self._drop(replica, result)
             elif isinstance(result, BaseException):
                 raise result
             else:
                 kept.append(result)
-        if not kept:
-            failures = "; ".join(str(result) for result in results) or "no healthy replica"
+        if not self.healthy:
+            failures = "; ".join(str(r) for r in results if isinstance(r, RlhfError)) or "no healthy replica"
             raise PublicationError(
                 f"{self.role}.{method}", found=failures, needed="at least one healthy replica", action="See the log."
             )
@@ -197,48 +278,67 @@ class Fleet:
         failure is raised.
         """
 
-        async def run(replica: Replica, share: Sequence[Any]) -> list[Any]:
+        async def settle(replica: Replica, share: Sequence[Any], first: asyncio.Future[Any]) -> list[Any]:
             try:
-                return list(await self.call(replica, method, share, *args))
-            except (ReplicaLostError, DeadlineError) as error:
-                await self.replace(replica, error)
-                return list(await self.call(self.healthy[-1], method, share, *args))
+                return list(await first)
+            except REPLACEABLE as error:
+                successor = await self.replace(replica, error)
+                self._event("redispatched", role=self.role, replica=replica.index, num_items=len(share))
+                return list(await self.call(successor, method, share, *args))
 
-        shares = self._shares(items)
-        results = await asyncio.gather(*(run(replica, share) for replica, share in shares))
-        return [value for part in results for value in part]
+        sent = [(r, share, self._submit(r, method, share, *args)) for r, share in self._shares(items)]
+        parts = await self._settle([settle(*one) for one in sent], [first for _, _, first in sent])
+        return [value for part in parts for value in part]
 
     async def scatter_stream(self, method: str, items: Sequence[Any], *args: Any) -> list[Any]:
         """Like ``scatter`` for a streaming method; items and results carry ``uid``.
 
         What a replica delivered before it failed is kept; only the rest of its share is dispatched again.
         """
+        found: dict[str, Any] = {}
 
-        async def run(replica: Replica, share: Sequence[Any]) -> dict[str, Any]:
-            found: dict[str, Any] = {}
+        async def settle(replica: Replica, share: Sequence[Any], first: asyncio.Future[Any]) -> None:
             try:
-                await self._drain(replica, method, (share, *args), found)
-            except (ReplicaLostError, DeadlineError) as error:
-                await self.replace(replica, error)
+                await first
+            except REPLACEABLE as error:
+                successor = await self.replace(replica, error)
                 rest = [item for item in share if item.uid not in found]
-                self._event("redispatched", role=self.role, replica=replica.index, num_prompts=len(rest))
+                self._event("redispatched", role=self.role, replica=replica.index, num_items=len(rest))
                 if rest:
-                    await self._drain(self.healthy[-1], method, (rest, *args), found)
-            return found
+                    await self._drain(successor, method, rest, args, found)
 
-        results = await asyncio.gather(*(run(replica, share) for replica, share in self._shares(items)))
-        merged = {uid: value for part in results for uid, value in part.items()}
-        return [merged[item.uid] for item in items]
+        shares = self._shares(items)
+        sent = [(r, share, self._drain(r, method, share, args, found)) for r, share in shares]
+        await self._settle([settle(*one) for one in sent], [first for _, _, first in sent])
+        return [found[item.uid] for item in items]
 
-    async def _drain(self, replica: Replica, method: str, args: tuple[Any, ...], found: dict[str, Any]) -> None:
-        replica.in_flight += 1
+    async def _settle(self, work: Sequence[Coroutine[Any, Any, Any]], sent: Sequence[asyncio.Future[Any]]) -> list[Any]:
         try:
-            refs = getattr(replica.handle, method).options(num_returns="streaming").remote(*args)
-            where = f"{self.role}[{replica.index}].{method}"
+            return await gather_all(work)
+        finally:
+            for first in sent:
+                first.cancel()
+
+    def _drain(
+        self, replica: Replica, method: str, share: Sequence[Any], args: tuple[Any, ...], found: dict[str, Any]
+    ) -> asyncio.Future[Any]:
+        """Sends one streaming call at once; what it delivers goes into ``found`` as it comes."""
+        refs = getattr(replica.handle, method).options(num_returns="streaming").remote(share, *args)
+        where = f"{self.role}[{replica.index}].{method}"
+
+        async def receive() -> None:
             async for value in stream(refs, timeout_s=self.limits.call_timeout_s, where=where):
                 found[value.uid] = value
-        finally:
-            self._finished(replica)
+            lacking = [item.uid for item in share if item.uid not in found]
+            if lacking:
+                raise ReplicaLostError(
+                    where,
+                    found=f"a stream that ended without {lacking[0]!r} and {len(lacking) - 1} more",
+                    needed=f"all {len(share)} results",
+                    action="See the worker's log for the cause.",
+                )
+
+        return self._track(replica, receive())
 
     def _shares(self, items: Sequence[Any]) -> list[tuple[Replica, Sequence[Any]]]:
         replicas = self.healthy

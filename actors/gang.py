@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.calls import await_ref, kill
+from actors.calls import await_ref, gather_all, kill
 from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError
 from rlhf.types import GroupHandle
 
@@ -61,17 +61,13 @@ class LearnerGang:
             LearnerError: A rank died, hung or failed; the whole gang has been ended.
             NonFiniteError: Too many updates in a row were not finite.
         """
-        if not self.ranks:
-            raise LearnerError(
-                self.role, found="a gang that was ended", needed="living ranks", action="Run the command again."
-            )
+        self._require_ranks()
         refs = [getattr(handle, method).remote(*args_of_rank(rank)) for rank, handle in enumerate(self.ranks)]
-        waits = [
-            asyncio.ensure_future(await_ref(ref, timeout_s=self._timeout_s, where=f"{self.role}[{rank}].{method}"))
-            for rank, ref in enumerate(refs)
-        ]
         try:
-            return list(await asyncio.gather(*waits))
+            return await gather_all(
+                await_ref(ref, timeout_s=self._timeout_s, where=f"{self.role}[{rank}].{method}")
+                for rank, ref in enumerate(refs)
+            )
         except (ReplicaLostError, DeadlineError) as error:
             self.kill()
             raise LearnerError(
@@ -83,10 +79,12 @@ class LearnerGang:
         except RlhfError:
             self.kill()
             raise
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+
+    def _require_ranks(self) -> None:
+        if not self.ranks:
+            raise LearnerError(
+                self.role, found="a gang that was ended", needed="living ranks", action="Run the command again."
+            )
 
     def kill(self) -> None:
         """Ends every rank at once."""
@@ -100,6 +98,7 @@ class LearnerGang:
 
     async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
         """See ``Learner.update``; groups are shared out over ranks by tokens."""
+        self._require_ranks()
         shares = balance([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
             results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
@@ -115,6 +114,7 @@ class LearnerGang:
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds the critic's per-token values to each group (PPO)."""
+        self._require_ranks()
         shares = balance([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
             results = await self.call("annotate", lambda rank: ([groups[i] for i in shares[rank]],))
@@ -140,6 +140,6 @@ class LearnerGang:
 
     async def stop(self) -> None:
         """Leaves the process group and ends the ranks."""
-        with contextlib.suppress(LearnerError):
+        with contextlib.suppress(RlhfError):  # they are ended either way
             await self.call("stop")
         self.kill()

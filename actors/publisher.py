@@ -7,12 +7,13 @@ replicas read it from shared memory, and it is dropped before the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from actors.calls import await_ref
 from actors.fleet import Event, Fleet
 from actors.gang import LearnerGang
+from rlhf.errors import PublicationError
 from rlhf.weights import combine_digests
 
 
@@ -40,19 +41,23 @@ class BucketPublisher:
         fleet.welcome = self.welcome
 
     async def publish(self, version: int) -> Mapping[str, float]:
-        """Returns when every healthy replica serves ``version``; one that failed to take it has left the fleet."""
+        """Returns when every replica serves ``version``; one that failed to take it was replaced by another that has.
 
-        async def everyone(method: str, *args: Any) -> None:
-            await self.fleet.broadcast(method, *args)
-
-        before = len(self.fleet.healthy)
+        Raises:
+            RlhfError: Replicas were lost and the fleet's restarts are used up.
+        """
+        metrics: Mapping[str, float] = {}
         async with self._gang.lock:
-            metrics = await self._send(version, everyone)
+            try:
+                metrics = await self._send(version, self.fleet.broadcast)
+            except PublicationError:
+                if self.fleet.healthy:
+                    raise
             self._version = version
-        lost = before - len(self.fleet.healthy)
-        if lost:
-            self._event("publication_repair", role=self.fleet.role, version=version, num_lost=lost)
-            await self.fleet.scale(before)
+        if self.fleet.num_missing:
+            num_lost = self.fleet.num_missing
+            self._event("publication_repair", role=self.fleet.role, version=version, num_lost=num_lost)
+            await self.fleet.repair()
         return metrics
 
     async def welcome(self, handle: Any) -> None:
@@ -65,7 +70,7 @@ class BucketPublisher:
         async with self._gang.lock:
             await self._send(self._version, newcomer)
 
-    async def _send(self, version: int, deliver: Any) -> Mapping[str, float]:
+    async def _send(self, version: int, deliver: Callable[..., Awaitable[object]]) -> Mapping[str, float]:
         began = time.monotonic()
         plans = await self._gang.call("export_plan", lambda rank: (self._bucket_bytes,))
         num_buckets = len(plans[0])

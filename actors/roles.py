@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from actors.calls import await_ref
 from actors.fleet import Fleet
+from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
 from rlhf.types import GroupHandle, Prompt, Ranking, Score, Verdict
 
 Meter = Callable[[str, int, float], None]
 """Receives a role, the tokens it worked through and the seconds that took."""
+
+
+@contextlib.contextmanager
+def _failing_as(kind: type[RlhfError]) -> Iterator[None]:
+    """What a fleet could not make good becomes the error that the seam promises; a deadline stays one."""
+    try:
+        yield
+    except ReplicaLostError as error:
+        raise kind(error.where, found=error.found, needed=error.needed, action=error.action) from error
 
 
 class FleetGenerator:
@@ -24,7 +35,8 @@ class FleetGenerator:
     async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
         """See ``Generator.generate``."""
         began = time.monotonic()
-        groups: list[GroupHandle] = await self._fleet.scatter_stream("stream", list(prompts), num_samples, version)
+        with _failing_as(EngineError):
+            groups: list[GroupHandle] = await self._fleet.scatter_stream("stream", list(prompts), num_samples, version)
         tokens = sum(length for group in groups for length in group.completion_lengths)
         self._meter(self._fleet.role, tokens, time.monotonic() - began)
         return groups
@@ -43,14 +55,16 @@ class FleetJudge:
     async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
         """See ``Judge.judge``."""
         began = time.monotonic()
-        verdicts: list[tuple[Verdict, ...]] = await self._fleet.scatter("judge", list(groups), self._constitution)
+        with _failing_as(JudgeError):
+            verdicts: list[tuple[Verdict, ...]] = await self._fleet.scatter("judge", list(groups), self._constitution)
         self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
         return verdicts
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``: signed, centred margins."""
         began = time.monotonic()
-        scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups), self._constitution)
+        with _failing_as(ScorerError):
+            scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups), self._constitution)
         self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
         return scores
 
@@ -66,7 +80,8 @@ class FleetScorer:
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``."""
         began = time.monotonic()
-        scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups))
+        with _failing_as(ScorerError):
+            scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups))
         self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
         return scores
 

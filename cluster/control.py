@@ -18,7 +18,7 @@ def parse_scale(items: Sequence[str]) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for item in items:
         role, _, text = item.partition("=")
-        if role not in SCALABLE or not text.isdigit() or not 1 <= int(text) <= MAX_REPLICAS:
+        if role not in SCALABLE or not text.isdecimal() or not 1 <= int(text) <= MAX_REPLICAS:
             raise ConfigError(
                 f"scale {item!r}",
                 found="not a stateless role with a count",
@@ -53,7 +53,17 @@ def read_scale(run: Path) -> dict[str, int]:
     path = run / "control" / "scale.json"
     if not path.is_file():
         return {}
-    return parse_scale([f"{role}={count}" for role, count in json.loads(path.read_text(encoding="utf-8")).items()])
+    try:
+        wanted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+    if not isinstance(wanted, dict):
+        raise _unreadable(path, f"a {type(wanted).__name__}")
+    return parse_scale([f"{role}={count}" for role, count in wanted.items()])
+
+
+def _unreadable(path: Path, found: str) -> ConfigError:
+    return ConfigError(str(path), found=found, needed="replicas by role, as JSON", action="Remove the file.")
 
 
 def request_stop(run: Path) -> None:

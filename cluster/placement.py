@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +54,8 @@ def free_nodes() -> list[NodeCapacity]:
 class Placer:
     """Places the actors of one role: one placement group for the first of them, one more for each that joins later.
 
+    ``spawn`` may be called from several threads, as it waits for room; ``close`` ends such a wait.
+
     Args:
         role: Name in errors.
         resources: Of one actor.
@@ -62,28 +66,34 @@ class Placer:
         self._role = role
         self._resources = resources
         self._bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._first = self._reserve(count) if count else None
-        self._free = [(self._first, bundle) for bundle in range(count)]
+        self._free: list[tuple[Any, int]] = [(self._first, bundle) for bundle in range(count)]
         self._taken: dict[Any, tuple[Any, int]] = {}
 
     def _reserve(self, count: int) -> PlacementGroup:
         group = placement_group([dict(self._bundle) for _ in range(count)], strategy=self._resources.strategy)
-        if not group.wait(self._resources.start_timeout_s):
-            remove_placement_group(group)
-            raise PlacementError(
-                f"role {self._role}",
-                found=f"no room for {count} x {self._bundle} in {self._resources.start_timeout_s:.0f} s",
-                needed="free nodes",
-                action="Free the cluster, lower the role's size, or raise its start_timeout_s.",
-            )
-        return group
+        deadline = time.monotonic() + self._resources.start_timeout_s
+        while not self._closed.is_set() and (left := deadline - time.monotonic()) > 0:
+            if group.wait(min(left, 1.0)):
+                return group
+        remove_placement_group(group)
+        raise PlacementError(
+            f"role {self._role}",
+            found=f"no room for {count} x {self._bundle} in {self._resources.start_timeout_s:.0f} s",
+            needed="free nodes",
+            action="Free the cluster, lower the role's size, or raise its start_timeout_s.",
+        )
 
     def spawn(self, worker: type, index: int, kwargs: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
-        """Creates one actor of the role from a plain class and returns its handle without waiting."""
-        slot = self._free.pop(0) if self._free else (self._reserve(1), 0)
+        """Creates one actor of the role from a plain class and returns its handle without waiting for its start."""
+        with self._lock:
+            kept = self._free.pop(0) if self._free else None
+        slot = kept or (self._reserve(1), 0)
         threads = self._resources.threads or os.cpu_count() or 1
         variables = {"OMP_NUM_THREADS": str(threads), RUN_MARK: os.environ.get(RUN_MARK, "")} | dict(env or {})
-        handle = (
+        handle: Any = (
             ray.remote(worker)
             .options(
                 num_cpus=self._resources.cpus,
@@ -109,7 +119,8 @@ class Placer:
             remove_placement_group(slot[0])
 
     def close(self) -> None:
-        """Removes all placement groups of the role."""
+        """Removes all placement groups of the role, and with them what still runs there."""
+        self._closed.set()
         groups = {id(slot[0]): slot[0] for slot in [*self._taken.values(), *self._free]}
         for group in groups.values():
             remove_placement_group(group)

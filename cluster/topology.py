@@ -64,16 +64,12 @@ def assign(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> dict[str
     """
     free = {node.name: [node.cpus, node.gpus] for node in nodes}
     placed: dict[str, list[str]] = {}
-    for plan in sorted(plans, key=lambda p: (-p.gpus, -p.cpus, p.role)):
-        for index in range(plan.count):
-            fits = [n for n, (c, g) in free.items() if c + 1e-9 >= plan.cpus and g + 1e-9 >= plan.gpus]
-            used = placed.setdefault(plan.role, [])
-            if plan.strategy == "STRICT_SPREAD":
-                fits = [name for name in fits if name not in used]
-            if plan.strategy == "STRICT_PACK" and used:
-                fits = [name for name in fits if name == used[0]]
+    for plan in sorted(plans, key=lambda p: (-p.gpus * _together(p), -p.cpus * _together(p), p.role)):
+        used = placed.setdefault(plan.role, [])
+        for _ in range(plan.count):
+            fits = _fitting(plan, used, free)
             if not fits:
-                raise _shortfall(plan, index, free)
+                raise _shortfall(plan, len(used), free)
             spread = plan.strategy in ("SPREAD", "STRICT_SPREAD")
             chosen = min(fits, key=lambda n: (used.count(n) if spread else 0, free[n][1], free[n][0], n))
             free[chosen][0] -= plan.cpus
@@ -82,14 +78,35 @@ def assign(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> dict[str
     return placed
 
 
+def _together(plan: RolePlan) -> int:
+    """Actors that have to share one node."""
+    return plan.count if plan.strategy == "STRICT_PACK" else 1
+
+
+def _fitting(plan: RolePlan, used: Sequence[str], free: Mapping[str, Sequence[float]]) -> list[str]:
+    """The nodes that can take the next actor, after those in ``used``."""
+    if plan.strategy == "STRICT_PACK" and used:
+        return [used[0]]  # chosen with room for all
+    num = _together(plan)
+    fits = [n for n, (c, g) in free.items() if c + 1e-9 >= plan.cpus * num and g + 1e-9 >= plan.gpus * num]
+    return [name for name in fits if plan.strategy != "STRICT_SPREAD" or name not in used]
+
+
 def _shortfall(plan: RolePlan, placed: int, free: Mapping[str, Sequence[float]]) -> PlacementError:
-    cpus = max((c for c, _ in free.values()), default=0.0)
-    gpus = max((g for _, g in free.values()), default=0.0)
-    kind, need, most = ("GPUs", plan.gpus, gpus) if plan.gpus > gpus + 1e-9 else ("CPUs", plan.cpus, cpus)
-    option = "ranks" if plan.role in ("learner", "critic") else "replicas"
+    num = _together(plan)
+    cpus, gpus = max(free.values(), key=lambda left: (left[1], left[0]) if plan.gpus else left[0], default=(0.0, 0.0))
+    needed = f"{plan.cpus * num:g} CPUs" + (f" and {plan.gpus * num:g} GPUs" if plan.gpus else "")
+    most = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if plan.gpus else "")
+    needed += " on one node for " + (f"all {plan.count} actors" if num > 1 else "each actor")
+    needed += " on a node of its own" if plan.strategy == "STRICT_SPREAD" else ""
+    section = plan.role if plan.role == "recorder" else f"roles.{plan.role}"
+    action = f"Lower what one actor takes ({section}.{'' if plan.role == 'recorder' else 'resources.'}cpus, .gpus)"
+    if placed:
+        option = "ranks" if plan.role in ("learner", "critic") else "replicas"
+        action = f"Set {section}.{option}={placed}"
     return PlacementError(
         f"role {plan.role}",
-        found=f"room for {placed} of {plan.count} actors; the largest free node has {most:g} {kind}",
-        needed=f"{need:g} {kind} on one node for each actor ({plan.strategy})",
-        action=f"Set roles.{plan.role}.{option}={max(placed, 1)}, lower roles.{plan.role}.resources, or add nodes.",
+        found=f"room for {placed} of {plan.count} actors; the largest free node has {most}",
+        needed=f"{needed} ({plan.strategy})",
+        action=f"{action}, or add nodes.",
     )

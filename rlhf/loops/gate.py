@@ -20,7 +20,8 @@ class BudgetGate:
     a role when it enters (weights, cache) and put it to sleep when another needs the room (offload).
 
     produces: permission to compute. consumes: nothing. waits for: enough free budget, in order of arrival.
-    unblocked by: another role's release. A role never asks while it holds, so there is no cycle to deadlock in.
+    unblocked by: another role's release. A role never asks while it holds, so there is no cycle to deadlock in. A role
+    that takes nothing never waits.
 
     Args:
         shares: Budget taken by each role, of ``capacity``; a role that is not named takes nothing.
@@ -72,6 +73,8 @@ class BudgetGate:
             self._admit()
 
     async def _acquire(self, share: float) -> None:
+        if share == 0.0:
+            return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((share, granted))
         self._admit()

@@ -35,9 +35,9 @@ class LoopConfig(StrictModel):
     max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Above this fraction of missing scores in a step the run stops."""
     evaluate_every: int = Field(default=0, ge=0)
-    """Updates between validations; 0 never."""
+    """Updates between validations, each with a checkpoint, so that the best can be kept; 0 never."""
     checkpoint_every: int = Field(default=10, ge=1)
-    """Updates between checkpoints."""
+    """Updates between checkpoints; an evaluation, a stop and the end make one too."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Longest wait of one side of the loop for the other."""
 
@@ -87,6 +87,7 @@ async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, sp
     for step in span:
         await buffer.grant(step)
         prompts = roles.prompts.next_batch(config.prompts_per_step)
+        cursor = roles.prompts.state()
         version = first_version + buffer.oldest_update(step)
         async with roles.gate.hold("generation"):
             groups = await roles.generator.generate(prompts, num_samples=config.num_samples, version=version)
@@ -96,7 +97,7 @@ async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, sp
         total = sum(len(siblings) for siblings in scores)
         check_missing(missing, total, config.max_missing_fraction, f"scores of step {step}")
         scored = tuple(dataclasses.replace(g, scores=s) for g, s in zip(groups, scores, strict=True))
-        await buffer.put(StepBatch(step, scored, roles.prompts.state()))
+        await buffer.put(StepBatch(step, scored, cursor))
 
 
 async def learn(
@@ -123,9 +124,11 @@ async def learn(
         await hooks.log(step, metrics | {f"publish/{name}": value for name, value in published.items()})
         done = step + 1
         stop = hooks.should_stop()
-        if config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
+        last = done == config.steps
+        evaluated = config.evaluate_every > 0 and (last or done % config.evaluate_every == 0)
+        if evaluated:
             await hooks.evaluate(done)
-        if stop or done % config.checkpoint_every == 0 or done == config.steps:
+        if stop or last or evaluated or done % config.checkpoint_every == 0:
             await hooks.checkpoint(done, batch.cursor)
         if stop:
             return done
