@@ -6,14 +6,13 @@ micro-batches and ranks is the mean over the step. Legend: N sequences, T tokens
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rlhf.maths.names import Aggregation
 from rlhf.maths.ops import group_sum
-
-Aggregation = Literal["token_mean", "sequence_mean", "group_mean", "fixed_length"]
 
 
 class GlobalCounts(Protocol):

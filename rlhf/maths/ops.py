@@ -5,13 +5,13 @@ Legend: M tokens, V vocabulary. Values at masked places may be anything, NaN inc
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KlEstimator = Literal["k1", "k2", "k3"]
+from rlhf.maths.names import KlEstimator
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class _TargetLogProbs(torch.autograd.Function):
             normalisers[rows] = torch.logsumexp(scaled, -1)
             log_probs[rows] = scaled.gather(-1, targets[rows, None])[:, 0] - normalisers[rows]
             if with_entropy:
-                entropy[rows] = normalisers[rows] - _expectation(scaled, normalisers[rows])
+                entropy[rows] = _row_entropy(scaled - normalisers[rows, None])
         ctx.save_for_backward(logits, targets, normalisers, entropy)
         ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
         if not with_entropy:
@@ -83,13 +83,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _expectation(scaled: Tensor, normalisers: Tensor) -> Tensor:
-    p = (scaled - normalisers[:, None]).exp()
-    return (p * torch.where(p > 0, scaled, 0.0)).sum(-1)
+def _row_entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p, where a forbidden token (log p = -inf) adds nothing."""
+    p = log_p.exp()
+    return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
 
 
 def token_log_probs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False, chunk_size: int = 512
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False, chunk_size: int = 32
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of targets, and on request the entropies of their distributions, in float32.
 
@@ -98,7 +99,7 @@ def token_log_probs(
         targets: int64 [M]
         temperature: Logits are divided by it first, as the sampler did; greater than 0.
         with_entropy: Whether to compute entropies, with gradients.
-        chunk_size: Rows whose float32 logits exist at the same time.
+        chunk_size: Rows whose float32 logits exist at the same time; few enough fit a core's cache.
 
     Returns:
         Log-probabilities [M], in nats, at most 0; entropies [M] in nats, or None.

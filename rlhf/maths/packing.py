@@ -293,7 +293,7 @@ def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, max_tokens: in
             loads[rank] += lengths[index]
     plans = [_fill(indices, lengths, max_tokens) for indices in ranks]
     wanted = max(len(plan) for plan in plans)
-    return [_split_to(plan, wanted) for plan in plans]
+    return [split_plan(plan, wanted) for plan in plans]
 
 
 def _fill(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -307,7 +307,7 @@ def _fill(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> li
     return plan
 
 
-def _split_to(plan: list[list[int]], wanted: int) -> list[list[int]]:
+def split_plan(plan: list[list[int]], wanted: int) -> list[list[int]]:
     """Halves the micro-batch with the most rows until there are ``wanted``; empty ones fill what cannot be split."""
     plan = list(plan)
     while len(plan) < wanted:
