@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class RankInfo:
         world_size: Ranks of the gang.
         master_address: Host of rank 0.
         master_port: Port there; 0 lets a gang of one choose, larger gangs are told by ``join``.
-        threads: CPU threads of this rank; 0 leaves torch's default.
+        threads: CPU threads of this rank; None leaves torch's default.
         device: What the model runs on.
     """
 
@@ -33,7 +33,7 @@ class RankInfo:
     world_size: int = 1
     master_address: str = "127.0.0.1"
     master_port: int = 0
-    threads: int = 0
+    threads: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -107,6 +107,14 @@ class ProcessGroup:
             return list(names)
         dist.all_gather_object(found, list(names))
         return [name for part in found if part is not None for name in part]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank; plain data only."""
+        if self.world_size == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -1,0 +1,92 @@
+"""Rollout groups out of the object store, in the form that a model's forward pass needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from actors.store import Store
+from rlhf.errors import DataError
+from rlhf.maths.packing import pack, plan_micro_batches, split_by_length
+from rlhf.models.forward import language_outputs, scalar_outputs
+from rlhf.types import GroupHandle, RolloutGroup, TrainGroup
+
+TokenValues = tuple[NDArray[np.float32], ...]
+"""K float32 arrays [T_k]."""
+
+
+def fetch_group(handle: GroupHandle, store: Store) -> TrainGroup:
+    """Reads a group and its annotations; scores come from the handle, NaN where missing."""
+    group: RolloutGroup = store.get(handle.payload)
+    completions = [rollout.completion for rollout in group.rollouts]
+    if handle.scores and len(handle.scores) != len(completions):
+        raise DataError(
+            f"prompt {handle.uid}",
+            found=f"{len(handle.scores)} scores",
+            needed=f"{len(completions)}, one per sibling",
+            action="Score the group again.",
+        )
+
+    def annotation(name: str) -> TokenValues | None:
+        return store.get(handle.annotations[name]) if name in handle.annotations else None
+
+    return TrainGroup(
+        uid=handle.uid,
+        prompt_ids=np.asarray(group.prompt.token_ids, dtype=np.int32),
+        completion_ids=tuple(completion.token_ids for completion in completions),
+        scores=tuple(math.nan if s.value is None else s.value for s in handle.scores) if handle.scores else None,
+        behaviour_log_probs=tuple(completion.log_probs for completion in completions),
+        reference_log_probs=annotation("reference_log_probs"),
+        values=annotation("values"),
+    )
+
+
+def row_length(group: TrainGroup) -> int:
+    """Tokens of the group's row: the prompt once, and every completion."""
+    return len(group.prompt_ids) + sum(len(ids) for ids in group.completion_ids)
+
+
+def batches(groups: Sequence[TrainGroup], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of groups that go through the model together, similar lengths side by side."""
+    if groups:
+        yield from plan_micro_batches([row_length(g) for g in groups], num_ranks=1, max_tokens=max_tokens)[0]
+
+
+def frozen_log_probs(
+    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, temperature: float, multiple_of: int = 1
+) -> list[TokenValues]:
+    """Log-probs of every completion under a model that does not train, in the groups' order."""
+    found: dict[int, TokenValues] = {}
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for indices in batches(groups, max_tokens):
+            batch = pack([groups[i] for i in indices], pad_id=0, multiple_of=multiple_of).to(device)
+            outputs = language_outputs(model, batch, temperature=temperature)
+            if outputs.log_probs is not None:
+                found |= dict(zip(indices, split_by_length(outputs.log_probs, batch), strict=True))
+    return [found[i] for i in range(len(groups))]
+
+
+def frozen_scores(
+    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, multiple_of: int = 1
+) -> list[tuple[float, ...]]:
+    """Scores of every completion under a reward model, in the groups' order."""
+    found: dict[int, tuple[float, ...]] = {}
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for indices in batches(groups, max_tokens):
+            batch = pack([groups[i] for i in indices], pad_id=0, multiple_of=multiple_of).to(device)
+            outputs = scalar_outputs(model, batch, per_token=False)
+            if outputs.sequence_scores is not None:
+                scores = outputs.sequence_scores.tolist()
+                start = 0
+                for i in indices:
+                    end = start + len(groups[i].completion_ids)
+                    found[i] = tuple(scores[start:end])
+                    start = end
+    return [found[i] for i in range(len(groups))]
