@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +28,61 @@ An unknown key is an error.
 Schema = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a section stands: ``stages[rl].algorithm`` with the tag ``name: ppo``."""
+
+    path: str
+    tag: str
+
+    def __str__(self) -> str:
+        return (f"`{self.path}`" if self.path else "Top level") + (f" with `{self.tag}`" if self.tag else "")
+
+
 def reference(model: type[BaseModel]) -> str:
-    """Returns the reference of a root configuration class as Markdown."""
+    """Returns the reference of a root configuration class as Markdown: each section once, with all its places."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
-    parts = [INTRODUCTION, *_section("", schema, definitions, ())]
+    places: dict[str, list[_Place]] = {}
+    _visit("", schema, definitions, places)
+    parts = [INTRODUCTION, _section([_Place("", "")], schema, definitions)]
+    parts += [_section(found, definitions[key], definitions) for key, found in places.items()]
     return "\n".join(parts)
 
 
-def _section(path: str, schema: Schema, definitions: Schema, above: tuple[str, ...]) -> Iterator[str]:
-    """One heading, one table, then the sections below it."""
-    tag = _tag(schema)
-    heading = (f"`{path}`" if path else "Top level") + (f" with `{tag}`" if tag else "")
-    yield f"## {heading}\n\n{_first_paragraph(schema)}\n"
-    yield "| key | type | default | meaning |\n|---|---|---|---|"
+def _visit(path: str, schema: Schema, definitions: Schema, places: dict[str, list[_Place]]) -> None:
+    """Collects, depth first, every section below ``schema`` and where it is used; goes into each once."""
+    for name, field in schema.get("properties", {}).items():
+        found = list(_sections_of(field))
+        for key, suffix in found:
+            tag = _tag(definitions[key]) if len(found) > 1 else ""
+            below = f"{path}.{name}" if path else name
+            if tag and suffix == "[]":  # list items go by their tag: stages[rl]
+                suffix, tag = f"[{tag.split(': ')[1]}]", ""
+            known = key in places
+            places.setdefault(key, []).append(_Place(below + suffix, tag))
+            if not known:
+                _visit(below + suffix, definitions[key], definitions, places)
+
+
+def _section(places: Sequence[_Place], schema: Schema, definitions: Schema) -> str:
+    """One heading, where else the section is used, and one table."""
+    lines = [f"## {places[0]}", "", _first_paragraph(schema), ""]
+    if len(places) > 1:
+        lines += ["The same at " + ", ".join(str(place) for place in places[1:]) + ".", ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
-        default = "required" if name in required else _default(field, definitions)
-        meaning = str(field.get("description", "")).replace("\n", " ").replace("|", "\\|")
-        yield f"| `{name}` | {_type(field, definitions)} | {default} | {meaning} |"
-    yield ""
-    for name, field in schema.get("properties", {}).items():
-        below = f"{path}.{name}" if path else name
-        for key, suffix in _sections_of(field):
-            if key not in above:  # a section of its own kind is described once
-                yield from _section(below + suffix, definitions[key], definitions, (*above, key))
+        default = "required" if name in required else _default(field)
+        meaning = str(field.get("description", "")) or _meaning_of_section(field, definitions)
+        meaning = " ".join(meaning.split()).replace("|", "\\|").replace("``", "`")
+        lines.append(f"| `{name}` | {_type(field, definitions)} | {default} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _meaning_of_section(field: Schema, definitions: Schema) -> str:
+    """A key whose text equals its section's own text carries none in the schema."""
+    return next((_first_paragraph(definitions[key]) for key, _ in _sections_of(field)), "")
 
 
 def _tag(schema: Schema) -> str:
@@ -63,7 +94,7 @@ def _tag(schema: Schema) -> str:
 
 
 def _first_paragraph(schema: Schema) -> str:
-    return " ".join(str(schema.get("description", "")).split("\n\n")[0].split())
+    return " ".join(str(schema.get("description", "")).split("\n\n")[0].split()).replace("``", "`")
 
 
 def _sections_of(field: Schema, suffix: str = "") -> Iterator[tuple[str, str]]:
@@ -104,7 +135,7 @@ def _type(field: Schema, definitions: Schema) -> str:
     return " ".join([word, *limits])
 
 
-def _default(field: Schema, definitions: Schema) -> str:
+def _default(field: Schema) -> str:
     default = field.get("default")
     if isinstance(default, Mapping) and any(True for _ in _sections_of(field)):
         return "see below"

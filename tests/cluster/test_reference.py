@@ -25,10 +25,13 @@ def test_every_section_is_listed_with_its_place_and_kind():
         "`stages[].algorithm` with `name: grpo`",
         "`stages[].algorithm` with `name: ppo`",
         "`span`",
-        "`fleets.NAME`",
-        "`fleets.NAME.algorithm` with `name: grpo`",
-        "`fleets.NAME.algorithm` with `name: ppo`",
     ]
+
+
+def test_a_section_used_twice_is_written_once_with_both_places():
+    text = reference(Root)
+    assert text.count("Which loop.") == 1
+    assert "The same at `fleets.NAME`." in text
 
 
 def test_a_row_says_type_default_and_meaning():
