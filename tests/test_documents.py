@@ -67,6 +67,17 @@ def test_the_readme_describes_the_stages_of_the_quickstart():
     assert listed == stages
 
 
+def test_the_readme_recipe_fragments_are_valid():
+    from cluster.config import RunConfig
+    from rlhf.config import load_file, merge, parse_yaml, validate
+
+    fragments = re.findall(r"```yaml\n(.*?)```", text_of("README.md"), flags=re.DOTALL)
+    assert len(fragments) >= 2
+    base = load_file(ROOT / "configs" / "quickstart.yaml")
+    for fragment in fragments:
+        validate(RunConfig, merge(base, parse_yaml(fragment, "README.md")), "README.md")
+
+
 def test_the_exit_codes_are_those_of_the_errors():
     from rlhf import errors
 
