@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import validate
+from rlhf.data.formats import read_rows
 from rlhf.data.prompts import PromptCursor, PromptDataConfig, load_prompts
 from rlhf.errors import ConfigError, DataError
+from rlhf.feedback.constitution import load_constitution
 from rlhf.types import Message, Prompt
 
 DATA = Path(__file__).parents[3] / "configs" / "data"
@@ -182,3 +184,18 @@ def test_the_film_prompts_do_not_share_subjects_between_splits(tokenizer):
     assert not splits["eval"] & (splits["train"] | splits["validation"])
     assert not splits["train"] & splits["validation"]
     assert len(set.union(*splits.values())) >= 420
+
+
+def test_the_judges_labels_are_enough_of_each_kind_and_not_the_judges_examples():
+    rows = read_rows(DATA / "judge_labels.jsonl")
+    labels = [row.text("label") for row in rows]
+    assert len(rows) >= 60
+    assert set(labels) == {"positive", "negative", "mixed"}
+    assert min(labels.count(label) for label in set(labels)) >= 20
+    assert len({row.text("text") for row in rows}) == len(rows)
+    shown = {
+        example.text
+        for path in (DATA.parent / "constitutions").glob("film_*.yaml")
+        for example in load_constitution(path).config.examples
+    }
+    assert not shown & {row.text("text") for row in rows}
