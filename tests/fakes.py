@@ -1,0 +1,179 @@
+"""Fakes of the roles, for loops without Ray: handles are the objects themselves, and every call is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf.loops.online import Hooks, LoopConfig, OnlineRoles
+from rlhf.types import GroupHandle, Prompt, Score, Verdict
+
+
+def make_prompts(num_prompts: int) -> list[Prompt]:
+    """Prompts ``p0``, ``p1``, ... of three tokens."""
+    return [Prompt(f"p{i}", (), (1, 2, 3)) for i in range(num_prompts)]
+
+
+def make_group(uid: str, version: int = 0, lengths: Sequence[int] = (2, 4)) -> GroupHandle:
+    """A group whose payload is its uid."""
+    return GroupHandle(uid, uid, 3, tuple(lengths), (version, version))
+
+
+async def breathe(times: int = 3) -> None:
+    """Lets every other task run, as a real call would."""
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+class FakePrompts:
+    """An endless stream of unique prompts."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+
+    def next_batch(self, num_prompts: int) -> list[Prompt]:
+        start, self.position = self.position, self.position + num_prompts
+        return [Prompt(f"p{i}", (), (1, 2, 3)) for i in range(start, self.position)]
+
+    def state(self) -> Mapping[str, Any]:
+        return {"position": self.position}
+
+
+class FakeGate:
+    """An exclusive gate that remembers who held it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.holders: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def hold(self, role: str):
+        async with self.lock:
+            self.holders.append(role)
+            yield
+
+
+class OpenGate:
+    """A gate at which nobody waits: every role has devices of its own."""
+
+    @contextlib.asynccontextmanager
+    async def hold(self, role: str):
+        yield
+
+
+class FakeRun:
+    """All roles of an online run over one log of calls.
+
+    ``fail`` maps a call, for example ``("update", 2)``, to the error that it raises; calls count from 0 within
+    their kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        gate: Any = None,
+        position: int = 0,
+        version: int = 0,
+        fail: Mapping[tuple[str, int], Exception] | None = None,
+    ) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.counts: Counter[str] = Counter()
+        self.fail = dict(fail or {})
+        self.gate = gate or FakeGate()
+        self.prompts = FakePrompts(position)
+        self.serving = version
+        self.score_of: Callable[[str, int], Score] = lambda uid, sibling: Score(float(sibling))
+        self.trained: list[tuple[str, ...]] = []
+        self.versions: list[int] = []
+        self.recorded: dict[int, tuple[str, ...]] = {}
+        self.metrics: dict[int, Mapping[str, float]] = {}
+        self.checkpoints: dict[int, Mapping[str, Any]] = {}
+        self.stop_after: int | None = None
+        self.name = "fake"
+
+    async def _call(self, kind: str, what: Any) -> None:
+        number = self.counts[kind]
+        self.counts[kind] += 1
+        self.log.append((kind, what))
+        await breathe()
+        if (kind, number) in self.fail:
+            raise self.fail[kind, number]
+
+    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+        assert self.serving >= version, "asked for weights that nobody serves"
+        self.versions.append(version)
+        drawn_from = self.serving
+        await self._call("generate", version)
+        self.log.append(("generated", version))
+        return [make_group(p.uid, drawn_from, (2,) * num_samples) for p in prompts]
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        await self._call("score", groups[0].uid)
+        return [tuple(self.score_of(g.uid, k) for k in range(len(g.completion_lengths))) for g in groups]
+
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
+        await self._call("judge", groups[0].uid)
+        return [
+            tuple(Verdict(g.uid, (k,), self.score_of(g.uid, k).value) for k in range(len(g.completion_lengths)))
+            for g in groups
+        ]
+
+    async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
+        await self._call("annotate", groups[0].uid)
+        return [dataclasses.replace(g, annotations={"values": g.uid}) for g in groups]
+
+    async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
+        await self._call("update", len(self.trained))
+        self.trained.append(tuple(g.uid for g in groups))
+        self.log.append(("updated", len(self.trained) - 1))
+        return {"loss": 0.5}
+
+    async def publish(self, version: int) -> Mapping[str, float]:
+        await self._call("publish", version)
+        self.serving = version
+        return {"seconds": 0.25}
+
+    async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
+        await self._call("record", step)
+        self.recorded[step] = tuple(g.uid for g in groups)
+
+    async def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        await self._call("log", step)
+        self.metrics[step] = metrics
+
+    async def evaluate(self, num_updates: int) -> None:
+        await self._call("evaluate", num_updates)
+
+    async def checkpoint(self, num_updates: int, cursor: Mapping[str, Any]) -> None:
+        await self._call("checkpoint", num_updates)
+        self.checkpoints[num_updates] = dict(cursor)
+
+    def should_stop(self) -> bool:
+        return self.stop_after is not None and len(self.trained) >= self.stop_after
+
+    @property
+    def roles(self) -> OnlineRoles:
+        return OnlineRoles(
+            prompts=self.prompts,
+            generator=self,
+            rewards=self,
+            annotators={"critic": self},
+            learners={"learner": self},  # type: ignore[dict-item]
+            publisher=self,
+            recorder=self,
+            gate=self.gate,
+        )
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(self.log_step, self.evaluate, self.checkpoint, self.should_stop)
+
+
+def loop_config(**changes: Any) -> LoopConfig:
+    """Four steps of two prompts with two siblings."""
+    given = {"steps": 4, "prompts_per_step": 2, "num_samples": 2, "step_timeout_s": 5.0, "checkpoint_every": 100}
+    return LoopConfig(**(given | changes))

@@ -1,0 +1,78 @@
+"""The label loop: every prompt judged once, chunk by chunk, resumable; missing verdicts bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from rlhf.errors import MissingFeedbackError
+from rlhf.loops.label import LabelConfig, LabelRoles, label
+from rlhf.types import Ranking, Score, Verdict
+from tests.fakes import FakeRun, make_prompts
+
+
+class ChunkRecorder:
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.chunks: dict[int, tuple[list, list, list]] = {}
+        self.fail_at = fail_at
+
+    async def record_chunk(self, chunk, groups, verdicts, rankings) -> None:
+        if chunk == self.fail_at:
+            raise OSError("disk full")
+        self.chunks[chunk] = (list(groups), list(verdicts), list(rankings))
+
+    async def has_chunk(self, chunk: int) -> bool:
+        return chunk in self.chunks
+
+
+def rank(uid: str, num_samples: int, verdicts: Sequence[Verdict]) -> Ranking:
+    assert len(verdicts) == num_samples
+    order = sorted((v.value for v in verdicts if v.value is not None), reverse=True)
+    return Ranking(uid, tuple(None if v.value is None else order.index(v.value) + 1 for v in verdicts), "judge")
+
+
+def run_label(run: FakeRun, recorder: ChunkRecorder, num_prompts: int, **changes) -> tuple[int, list[int]]:
+    told: list[int] = []
+    config = LabelConfig(**({"num_samples": 2, "prompts_per_chunk": 3} | changes))
+    roles = LabelRoles(run, run, recorder, run.gate, rank)
+    missing = asyncio.run(label(roles, config, make_prompts(num_prompts), version=5, progress=told.append))
+    return missing, told
+
+
+def test_every_prompt_is_judged_once_in_chunks() -> None:
+    run, recorder = FakeRun(version=5), ChunkRecorder()
+    missing, told = run_label(run, recorder, 7)
+    assert (missing, told) == (0, [3, 3, 1])
+    assert [g.uid for groups, _, _ in recorder.chunks.values() for g in groups] == [f"p{i}" for i in range(7)]
+    assert [r.ranks for _, _, rankings in recorder.chunks.values() for r in rankings] == [(2, 1)] * 7
+    assert run.versions == [5, 5, 5]
+    assert run.gate.holders == ["generation", "judge"] * 3
+
+
+def test_a_second_call_does_only_what_is_not_on_disk() -> None:
+    run, recorder = FakeRun(version=5), ChunkRecorder(fail_at=1)
+    with pytest.raises(OSError, match="disk full"):
+        run_label(run, recorder, 7)
+    recorder.fail_at = None
+    again = FakeRun(version=5)
+    missing, told = run_label(again, recorder, 7)
+    assert told == [3, 3, 1]
+    assert [what for kind, what in again.log if kind == "judge"] == ["p3", "p6"]
+    assert sorted(recorder.chunks) == [0, 1, 2]
+
+
+def test_missing_verdicts_pass_below_the_fraction_and_stop_above_it() -> None:
+    run = FakeRun(version=5)
+    run.score_of = lambda uid, sibling: Score(None) if (uid, sibling) == ("p4", 0) else Score(float(sibling))
+    recorder = ChunkRecorder()
+    missing, _ = run_label(run, recorder, 6, max_missing_fraction=0.17)
+    assert missing == 1
+    assert recorder.chunks[1][2][1].ranks == (None, 1)
+
+    run.log.clear()
+    recorder = ChunkRecorder()
+    with pytest.raises(MissingFeedbackError, match="feedback chunk 1"):
+        run_label(run, recorder, 6, max_missing_fraction=0.16)
+    assert sorted(recorder.chunks) == [0], "a chunk that fails is not written"
