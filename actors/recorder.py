@@ -10,15 +10,28 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from actors.store import Store
 from rlhf.data.groups import groups_from_feedback, write_groups
+from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
 from rlhf.errors import RecordError
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.runs import tables
-from rlhf.types import Completion, GroupHandle, Prompt, Ranking, Rollout, RolloutGroup, Score, TrainGroup, Verdict
+from rlhf.types import (
+    Completion,
+    GroupHandle,
+    Handle,
+    Prompt,
+    Ranking,
+    Rollout,
+    RolloutGroup,
+    Score,
+    TrainGroup,
+    Verdict,
+)
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
 
@@ -46,17 +59,25 @@ class RecorderWorker:
     """Writes and reads the tables of one run directory. Every file is there whole or not at all.
 
     Args:
-        run_dir: The run directory.
+        run: The run directory.
         store: Where the rollout groups live.
     """
 
-    def __init__(self, run_dir: Path, store: Store) -> None:
-        self._run = Path(run_dir)
+    def __init__(self, run: Path, store: Store) -> None:
+        self._run = Path(run)
         self._store = store
 
     def ping(self) -> bool:
         """Answers; a caller that waits for it knows that the recorder is up."""
         return True
+
+    def keep(self, value: Any) -> list[Handle]:
+        """Puts a value for another worker and owns it from now on.
+
+        Returns:
+            The handle, in a list: a bare handle would be resolved to its value on the way back.
+        """
+        return [self._store.put(value)]
 
     def record(self, step: int, groups: Sequence[GroupHandle]) -> int:
         """Writes the rollouts of one step of the online loop with their scores; returns the number of rows.
@@ -100,12 +121,12 @@ class RecorderWorker:
         trained = groups_from_feedback([self._group(handle) for handle in groups], rankings, scores)
         write_groups(self._run / "groups" / f"{name}.parquet", trained)
 
-    def import_preferences(self, path: Path, tokenizer_from: Path, max_tokens: int) -> int:
+    def import_people_feedback(self, config: PreferenceDataConfig, model: Path, max_tokens: int) -> int:
         """Turns a file of people's pairs, ranked lists or ratings into what the feedback stage leaves.
 
         Args:
-            path: JSONL, CSV or parquet, see ``rlhf.data.preferences``.
-            tokenizer_from: Folder of the model to train.
+            config: Which file and how.
+            model: Folder of the model to train; its tokenizer is used.
             max_tokens: Longest prompt and completion together.
 
         Returns:
@@ -114,18 +135,15 @@ class RecorderWorker:
         Raises:
             DataError: A fault in the file, with its line.
         """
-        from transformers import AutoTokenizer
+        from rlhf.models.load import load_tokenizer  # transformers, which no other method needs
 
-        from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-        feedback = load_people_feedback(PreferenceDataConfig(path=str(path)), tokenizer, max_tokens)
+        tokenizer = load_tokenizer(str(model))
+        feedback = load_people_feedback(config, tokenizer, max_tokens)
         groups = feedback_groups(feedback, tokenizer)
         name = "feedback_0000"
-        written = [
-            people_group(item.prompt, item.completions, group) for item, group in zip(feedback, groups, strict=True)
-        ]
-        rows = [row for group in written for row in tables.rollout_rows(group, (), None)]
+        rows = []
+        for item, group in zip(feedback, groups, strict=True):
+            rows += tables.rollout_rows(people_group(item.prompt, item.completions, group), (), None)
         tables.write_table(self._path("rollouts", name), rows, tables.ROLLOUTS)
         self.record_rankings(name, [item.ranking for item in feedback])
         write_groups(self._run / "groups" / f"{name}.parquet", groups)

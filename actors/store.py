@@ -1,7 +1,7 @@
 """Where rollouts live: the object store in a cluster, the process itself in tests without Ray.
 
-Workers are plain classes that are handed a ``Store``; they never import ray. ``RayStore`` names a long-lived actor as
-the owner of what it puts, so that a rollout outlives the generation replica that drew it.
+Workers are plain classes that are handed a ``Store``; they never import ray. ``RayStore`` hands what it puts to a
+long-lived actor, so that a rollout outlives the generation replica that drew it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ class RayStore:
     ``ray.put`` always writes to shared memory, however small the value, where a method's return below about 100 KB
     would be inlined and travel through its caller.
 
+    Ray ties an object to the process that put it and has no way to name another owner, so with an owner the value is
+    sent there and put by it: one copy more, and the value lives on the owner's node.
+
     Args:
-        owner: Actor that owns what is put; None makes the calling process the owner.
-        timeout_s: Longest wait for a value from another node.
+        owner: Actor with a method ``keep(value)`` that returns a list with the handle, such as the recorder; it owns
+            what is put. None makes the calling process the owner.
+        timeout_s: Longest wait for the owner, or for a value from another node.
     """
 
     def __init__(self, owner: Any = None, *, timeout_s: float = 300.0) -> None:
@@ -51,10 +55,13 @@ class RayStore:
         self._timeout_s = timeout_s
 
     def put(self, value: Any) -> Handle:
-        """Stores a value in the object store of this node."""
+        """Stores a value; with an owner, returns when the owner has it."""
         import ray
 
-        return ray.put(value, _owner=self._owner)
+        if self._owner is None:
+            return ray.put(value)
+        [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
+        return handle
 
     def get(self, handle: Handle) -> Any:
         """Fetches a value; raises Ray's ``ObjectLostError`` family where its node is gone."""

@@ -14,6 +14,7 @@ import pytest
 from actors.recorder import RecorderWorker
 from actors.store import LocalStore
 from rlhf.data.groups import read_groups
+from rlhf.data.preferences import PreferenceDataConfig
 from rlhf.errors import DataError, RecordError
 from rlhf.evaluation.completions import from_wide
 from rlhf.runs import tables
@@ -30,7 +31,6 @@ from rlhf.types import (
     VersionSpan,
 )
 from tests.rlhf.evaluation.rows import eval_rows
-from tests.tiny import build_tokenizer
 
 
 def make_group(index: int, num_samples: int = 4, length: int = 5) -> RolloutGroup:
@@ -217,15 +217,14 @@ def test_a_feedback_chunk_is_complete_when_its_training_groups_are_there(
     np.testing.assert_array_equal(first.completion_ids[3], groups[0].rollouts[3].completion.token_ids)
 
 
-def test_people_replace_the_judge(recorder: RecorderWorker, tmp_path: Path) -> None:
-    build_tokenizer().save_pretrained(tmp_path / "model")
+def test_people_replace_the_judge(recorder: RecorderWorker, tmp_path: Path, tiny_model_dir: Path) -> None:
     lines = [
         {"prompt": "A film about a heist?", "chosen": "I loved it.", "rejected": "I hated it."},
         {"prompt": "A film about the sea?", "completions": ["best", "good", "bad"]},
     ]
     path = tmp_path / "people.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert recorder.import_preferences(path, tmp_path / "model", 256) == 2
+    assert recorder.import_people_feedback(PreferenceDataConfig(path=str(path)), tiny_model_dir, 256) == 2
     rankings = recorder.read_rankings("feedback_0000")
     assert [ranking.ranks for ranking in rankings] == [(1, 2), (1, 2, 3)]
     assert {ranking.source for ranking in rankings} == {"people"}
@@ -236,10 +235,9 @@ def test_people_replace_the_judge(recorder: RecorderWorker, tmp_path: Path) -> N
     assert recorder.names("verdicts") == [], "people give rankings, no verdicts"
 
 
-def test_a_fault_in_peoples_file_names_its_line(recorder: RecorderWorker, tmp_path: Path) -> None:
-    build_tokenizer().save_pretrained(tmp_path / "model")
+def test_a_fault_in_peoples_file_names_its_line(recorder: RecorderWorker, tmp_path: Path, tiny_model_dir: Path) -> None:
     path = tmp_path / "people.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"\n')
     with pytest.raises(DataError, match="people.jsonl:2"):
-        recorder.import_preferences(path, tmp_path / "model", 256)
+        recorder.import_people_feedback(PreferenceDataConfig(path=str(path)), tiny_model_dir, 256)
     assert recorder.names("rankings") == []
