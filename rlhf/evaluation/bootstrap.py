@@ -7,6 +7,7 @@ Introduction to the Bootstrap", 1993, chapters 8 and 13).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -56,10 +57,17 @@ def _index(*groups: Sequence[Hashable]) -> dict[Hashable, int]:
     return {cluster: i for i, cluster in enumerate(dict.fromkeys(c for group in groups for c in group))}
 
 
+@functools.lru_cache(maxsize=3)  # a report asks for the same few sets of prompts over and over
+def _draws(num_clusters: int, num_resamples: int, seed: int) -> Values:
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(num_clusters, np.full(num_clusters, 1.0 / num_clusters), size=num_resamples)
+    weights = draws.astype(np.float64)
+    weights.flags.writeable = False
+    return weights
+
+
 def _weights(num_clusters: int, config: BootstrapConfig) -> Values:
-    rng = np.random.default_rng(config.seed)
-    draws = rng.multinomial(num_clusters, np.full(num_clusters, 1.0 / num_clusters), size=config.num_resamples)
-    return draws.astype(np.float64)
+    return _draws(num_clusters, config.num_resamples, config.seed)
 
 
 def _interval(mean: float, resampled: Values, config: BootstrapConfig) -> Interval:

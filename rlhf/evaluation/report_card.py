@@ -37,6 +37,12 @@ class ReportCardConfig(StrictModel):
     """Which sign of sentiment each request asks for."""
     tie_margin: float = Field(default=0.0, ge=0.0)
     """Judge margins that differ by no more than this are a tie in the win rate."""
+    slice_field: str = "request"
+    """Column of the prompts' data that names the slice."""
+    subject_field: str = "subject"
+    """Column that names what a completion has to be about."""
+    keywords_field: str = "keywords"
+    """Column with stems that show that it is; without it the subject's own words count."""
 
 
 class SliceSummary(StrictModel):

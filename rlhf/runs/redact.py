@@ -18,12 +18,18 @@ _SECRET_VALUE = re.compile(
     r"\bsk-[A-Za-z0-9_\-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bBearer\s+[A-Za-z0-9._\-]{8,}|\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]+\.[A-Za-z0-9_\-]+"
 )
+_SECRET_SETTING = re.compile(
+    r"(\b[\w.\-]*(?:password|passwd|secret|api[_-]?key|private[_-]?key|(?:access|auth|bearer|hf|hub|api)[_-]token))"
+    r"=[^\s&]+",
+    re.IGNORECASE,
+)
 _URL_PASSWORD = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.\-]*://[^/\s:@]*):[^/\s@]+@")
 
 
 def redact_text(text: str) -> str:
-    """Hides keys of well-known services, bearer tokens and passwords in URLs inside a text."""
-    return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", _SECRET_VALUE.sub(HIDDEN, text))
+    """Hides keys of well-known services, bearer tokens, ``api_key=...`` and passwords in URLs inside a text."""
+    text = _SECRET_SETTING.sub(rf"\1={HIDDEN}", _SECRET_VALUE.sub(HIDDEN, text))
+    return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
 
 
 def redact(document: Any) -> Any:

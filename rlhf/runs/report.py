@@ -20,7 +20,7 @@ from rlhf.runs.events import read_events
 from rlhf.runs.files import read_json, write_text
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.report_style import STYLE
-from rlhf.runs.summary import DISPLAY, Summary, read_summary
+from rlhf.runs.summary import DISPLAY, Summary, read_summary, total_seconds
 from rlhf.runs.tables import read_table
 
 SAMPLES_PER_SLICE = 4
@@ -114,8 +114,7 @@ def _tiles(summary: Summary) -> str:
         tiles.append((f"{result.after['kl_per_token'].mean:.3f}", "KL per token, nats"))
     if summary.reward_model is not None:
         tiles.append((f"{summary.reward_model.pair_accuracy.mean:.2f}", "reward model's pair accuracy"))
-    seconds = sum(sum(phases.values()) for phases in summary.timings.values())
-    tiles.append((f"{seconds / 60:.0f} min", "in all phases"))
+    tiles.append((f"{total_seconds(summary.timings) / 60:.0f} min", "in all stages"))
     tiles.append((f"{summary.peak_memory_gib:.1f} GiB", "peak memory"))
     cells = "".join(
         f"<div class='tile'><b>{_text(value)}</b><span>{_text(label)}</span></div>" for value, label in tiles

@@ -92,6 +92,11 @@ def read_summary(path: Path) -> Summary:
     return validate(Summary, document, str(path))
 
 
+def total_seconds(timings: Mapping[str, Mapping[str, float]]) -> float:
+    """Seconds over all stages: a stage's ``total`` where it has one, the sum of its phases otherwise."""
+    return sum(phases["total"] if "total" in phases else sum(phases.values()) for phases in timings.values())
+
+
 def format_summary(summary: Summary) -> str:
     """The results as plain text for a terminal, at most 100 columns wide."""
     lines: list[str] = []
@@ -102,8 +107,8 @@ def format_summary(summary: Summary) -> str:
         lines += ["", f"reward model: pair accuracy {model.pair_accuracy}, Kendall tau {model.kendall_tau}"]
     if summary.feedback is not None and summary.feedback.judge_agreement is not None:
         lines.append(f"judge's agreement with the independent scorer: {summary.feedback.judge_agreement}")
-    seconds = sum(sum(phases.values()) for phases in summary.timings.values())
-    lines += ["", f"time {seconds / 60:.1f} min in phases, peak memory {summary.peak_memory_gib:.1f} GiB"]
+    seconds = total_seconds(summary.timings)
+    lines += ["", f"time {seconds / 60:.1f} min, peak memory {summary.peak_memory_gib:.1f} GiB"]
     if summary.passed:
         lines += ["", "criteria:"] + [
             f"  {'met   ' if ok else 'NOT MET'}  {name}" for name, ok in summary.passed.items()

@@ -8,12 +8,13 @@ import random
 import pytest
 
 from rlhf.errors import DataError
+from rlhf.evaluation.bootstrap import BootstrapConfig
 from rlhf.evaluation.completions import from_wide, to_wide
 from rlhf.evaluation.criteria import CriteriaConfig, check_criteria
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from tests.rlhf.evaluation.rows import eval_rows
 
-CONFIG = ReportCardConfig()
+CONFIG = ReportCardConfig(bootstrap=BootstrapConfig(num_resamples=200))
 
 
 def test_every_metric_before_after_and_best_of_n() -> None:

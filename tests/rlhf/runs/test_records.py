@@ -141,6 +141,12 @@ def test_other_keys_are_not(key: str) -> None:
 def test_secret_values_are_hidden_wherever_they_are() -> None:
     text = "calling with sk-aaaaaaaaaaaaaaaaaaaaaaaa and hf_aaaaaaaaaaaaaaaaaaaaaaaa"
     assert redact({"note": text})["note"] == f"calling with {HIDDEN} and {HIDDEN}"
+    assert redact(["run", "roles.judge.api_key=abc123", "seed=3", "http://h/?api_key=q&x=1"]) == [
+        "run",
+        f"roles.judge.api_key={HIDDEN}",
+        "seed=3",
+        f"http://h/?api_key={HIDDEN}&x=1",
+    ]
     assert redact({"steps": 3, "rate": 1e-5, "none": None}) == {"steps": 3, "rate": 1e-5, "none": None}
 
 

@@ -15,7 +15,7 @@ from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.report import write_report
 from rlhf.runs.report_charts import metric_order
-from rlhf.runs.summary import Summary, format_summary, read_summary, write_summary
+from rlhf.runs.summary import Summary, format_summary, read_summary, total_seconds, write_summary
 from rlhf.runs.tables import EVAL, read_table, write_table
 from tests.rlhf.evaluation.rows import eval_rows
 from tests.rlhf.runs.finished import HOSTILE, DemoConfig, build_finished_run, demo_summary
@@ -75,6 +75,10 @@ def test_anyone_can_recompute_the_summary_from_the_table(tmp_path: Path) -> None
     write_table(tmp_path / "completions.parquet", to_wide(rows), EVAL)
     again = grade(from_wide(read_table(tmp_path / "completions.parquet")), ReportCardConfig())
     assert again.after["follows_request"] == grade(rows, ReportCardConfig()).after["follows_request"]
+
+
+def test_a_stages_total_is_not_counted_twice() -> None:
+    assert total_seconds({"rl": {"total": 10.0, "generate": 6.0, "update": 5.0}, "eval": {"judge": 3.0}}) == 13.0
 
 
 # Model cards
