@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -38,8 +39,6 @@ for _name, _folder in {
     "VLLM_CACHE_ROOT": "vllm",
 }.items():
     os.environ.setdefault(_name, str(ROOT / ".cache" / _folder))
-# Extensions are built at first use with the ninja that lives beside the interpreter.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 _complaints: list[str] = []
 
@@ -120,3 +119,13 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One private cluster of four CPUs for the session, started as a run starts its own."""
+    from cluster.placement import connect, disconnect
+
+    connect(None, num_cpus=4, object_store_bytes=200 * 2**20)
+    yield
+    disconnect()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,8 @@ class TrainEngine:
         total_steps: int,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", group.device.type)
+        if shutil.which("ninja") is None:  # DeepSpeed builds an extension at first use; ninja is beside the interpreter
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
