@@ -18,8 +18,9 @@ class EngineConfig(StrictModel):
     """Longest prompt and completion together, in tokens."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Most completions that are drawn at the same time."""
-    max_num_batched_tokens: int = Field(default=2048, ge=1)
-    """Most tokens, prompts included, in one forward pass."""
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens, prompts included, in one forward pass; null is 2048, or ``max_model_len`` where that is more. On a
+    CPU it cannot be less than ``max_model_len``, as prompts are not split there."""
     kv_cache_gib: float | None = Field(default=1.0, gt=0.0)
     """Memory of the KV cache in GiB per device; null takes what ``gpu_memory_utilization`` leaves, on GPUs only."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
@@ -32,6 +33,9 @@ class EngineConfig(StrictModel):
     """Compute what prompts share, such as the prompt of K siblings, once."""
     enable_sleep: bool = False
     """Let the engine give back GPU memory between phases; on a CPU there is nothing to give back."""
+    block_size: int | None = Field(default=None, ge=16, multiple_of=16)
+    """Tokens in a block of the KV cache; prompts share whole blocks. Null leaves the choice to vLLM (16 on most GPUs);
+    on a CPU it is 32, as vLLM's own 128 is longer than many prompts."""
     start_timeout_s: float = Field(default=600.0, gt=0.0)
     """Longest time from start to ready, in seconds."""
     generate_timeout_s: float = Field(default=900.0, gt=0.0)

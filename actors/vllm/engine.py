@@ -127,47 +127,11 @@ class VllmEngine:
 
     def _build(self) -> AsyncLLM:
         with restored_environment(engine_environment(self._cores, self._config.start_timeout_s)):
-            from vllm.config.weight_transfer import WeightTransferConfig
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from actors.vllm import executor, transfer
+            from actors.vllm.arguments import engine_arguments
 
-            config = self._config
-            if current_platform.is_cpu() and config.kv_cache_gib is None:
-                raise ConfigError(
-                    f"{self._link.name}: kv_cache_gib",
-                    found="null",
-                    needed="a size, as this engine runs on a CPU and would take most of its memory",
-                    action="Set kv_cache_gib, for example 1.0.",
-                )
-            one = config.tensor_parallel_size == 1
-            arguments = AsyncEngineArgs(
-                model=str(self._model),
-                load_format="safetensors",
-                trust_remote_code=False,
-                dtype=config.dtype,
-                seed=0,
-                max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
-                kv_cache_memory_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                tensor_parallel_size=config.tensor_parallel_size,
-                enforce_eager=config.enforce_eager,
-                enable_prefix_caching=config.enable_prefix_caching,
-                enable_sleep_mode=config.enable_sleep and not current_platform.is_cpu(),
-                distributed_executor_backend=(
-                    executor.WatchedUniProcExecutor if one else executor.WatchedMultiprocExecutor
-                ),
-                worker_extension_cls=transfer.EXTENSION,
-                weight_transfer_config=WeightTransferConfig(backend=transfer.BACKEND),
-                logprobs_mode="processed_logprobs",
-                disable_log_stats=True,
-                enable_log_requests=False,
-            )
-            return AsyncLLM.from_engine_args(arguments)
+            return AsyncLLM.from_engine_args(engine_arguments(self._model, self._config, self._link.name))
 
     async def stop(self) -> None:
         """Ends the engine's processes, whatever state they are in; may be called twice."""

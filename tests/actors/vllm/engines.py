@@ -18,7 +18,14 @@ from rlhf.sampling import SamplingConfig
 from rlhf.types import GroupHandle, Message, Prompt
 from rlhf.weights import Bucket, combine_digests, make_bucket, plan_buckets
 
-ENGINE = EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=16, kv_cache_gib=0.1, update_timeout_s=60.0)
+ENGINE = EngineConfig(
+    dtype="float32",
+    max_model_len=256,
+    max_num_seqs=16,
+    max_num_batched_tokens=256,  # a step's prompts do not fit into one pass
+    kv_cache_gib=0.1,
+    update_timeout_s=60.0,
+)
 SAMPLING = SamplingConfig(max_tokens=24)
 
 

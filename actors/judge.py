@@ -1,0 +1,283 @@
+"""The judge role: rollout groups in, verdicts or scores out.
+
+``JudgeBase`` is what every judge does: fetch groups, put the constitution's questions, keep answers, make verdicts. A
+judge itself only answers questions. ``JudgeWorker`` answers from the label log-probabilities of a vLLM engine of its
+own; ``actors.judge_openai`` from those of a service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.store import Store
+from actors.vllm.config import EngineConfig
+from actors.vllm.engine import Request, VllmEngine
+from actors.vllm.processes import Cores
+from rlhf.errors import ConfigError, JudgeError
+from rlhf.feedback.constitution import Constitution, ContentFreeCentre, load_constitution
+from rlhf.feedback.prompts import JudgeRequest, build_requests, content_free_request, prompt_text
+from rlhf.feedback.verdicts import cache_key, fixed_centre, label_margin, make_verdict
+from rlhf.types import GroupHandle, RolloutGroup, Score, Verdict
+
+_MAX_CACHED = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a judge said to one question.
+
+    Attributes:
+        log_probs: Log-probability of each label as the continuation, in nats; None where there is no answer.
+        error: Why there is none.
+    """
+
+    log_probs: Mapping[str, float] | None
+    error: str = ""
+
+
+class JudgeBase(ABC):
+    """Judges rollout groups under named constitutions.
+
+    Args:
+        judge: Name of the judging model, for records and as part of the cache key.
+        constitutions: Name -> constitution file.
+        store: Where rollout groups are.
+        seed: Draws the fences around judged texts.
+    """
+
+    def __init__(self, judge: str, constitutions: Mapping[str, Path], store: Store, *, seed: int) -> None:
+        self._judge = judge
+        self._files = dict(constitutions)
+        self._store = store
+        self._seed = seed
+        self._constitutions: dict[str, Constitution] = {}
+        self._centres: dict[str, float] = {}
+        self._cache: OrderedDict[str, Mapping[str, float]] = OrderedDict()
+        self._stats = {"num_verdicts": 0.0, "num_cached": 0.0, "num_missing": 0.0, "num_tokens": 0.0, "seconds": 0.0}
+
+    async def start(self) -> None:
+        """Reads the constitutions and makes the judge ready; a fault is found here, before anything is judged."""
+        self._constitutions = {name: load_constitution(Path(file)) for name, file in self._files.items()}
+        await self._open()
+        for name, constitution in self._constitutions.items():
+            self._check(name, constitution)
+
+    @abstractmethod
+    async def _open(self) -> None:
+        """Gets ready to answer."""
+
+    @abstractmethod
+    def _check(self, name: str, constitution: Constitution) -> None:
+        """Raises ``ConfigError`` where this judge cannot judge under the constitution."""
+
+    @abstractmethod
+    async def _ask(self, requests: Sequence[JudgeRequest]) -> list[Answer]:
+        """Answers questions, one answer each in their order."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Gives everything back that ``start`` took."""
+
+    async def judge(self, groups: Sequence[GroupHandle], constitution: str) -> list[tuple[Verdict, ...]]:
+        """Returns, per group, the verdicts on its siblings (pointwise) or on both orders of each pair (pairwise)."""
+        began = time.monotonic()
+        rules = self._named(constitution)
+        centre = await self._centre(constitution, rules)
+        payloads: list[RolloutGroup] = await asyncio.to_thread(
+            lambda: [self._store.get(group.payload) for group in groups]
+        )
+        questions = [build_requests(rules, payload, seed=self._seed) for payload in payloads]
+        signs = [rules.sign_of(payload.prompt) for payload in payloads]
+        answers = await self._answers(rules, payloads, questions)
+        verdicts = [
+            tuple(
+                make_verdict(
+                    rules, request, said.log_probs, sign=sign, centre=centre, judge=self._judge, error=said.error
+                )
+                for request, said in zip(asked, answered, strict=True)
+            )
+            for asked, answered, sign in zip(questions, answers, signs, strict=True)
+        ]
+        self._stats["num_verdicts"] += sum(len(row) for row in verdicts)
+        self._stats["num_missing"] += sum(verdict.value is None for row in verdicts for verdict in row)
+        self._stats["seconds"] += time.monotonic() - began
+        return verdicts
+
+    async def score(self, groups: Sequence[GroupHandle], constitution: str) -> list[tuple[Score, ...]]:
+        """Returns one score per sibling: the signed, centred margin, or the mean of it over a sibling's pairs."""
+        rows = await self.judge(groups, constitution)
+        return [
+            tuple(_score(k, verdicts) for k in range(len(group.completion_lengths)))
+            for group, verdicts in zip(groups, rows, strict=True)
+        ]
+
+    async def stats(self) -> Mapping[str, float]:
+        """Totals since construction."""
+        return dict(self._stats)
+
+    def _named(self, name: str) -> Constitution:
+        if name not in self._constitutions:
+            raise ConfigError(
+                f"{self._judge}: constitution",
+                found=repr(name),
+                needed=f"one of {sorted(self._constitutions)} of a started judge",
+                action="Name a constitution of the judge section.",
+            )
+        return self._constitutions[name]
+
+    async def _centre(self, name: str, rules: Constitution) -> float:
+        fixed = fixed_centre(rules)
+        if fixed is not None:
+            return fixed
+        if name not in self._centres:
+            assert isinstance(rules.config.centre, ContentFreeCentre)
+            request = content_free_request(rules, rules.config.centre.content_free, seed=self._seed)
+            answer = (await self._ask([request]))[0]
+            if answer.log_probs is None:
+                raise JudgeError(
+                    f"{self._judge} under {name}: centre",
+                    found=answer.error,
+                    needed="the judge's margin for a text that says nothing",
+                    action="See why the judge does not answer, or give the centre as a number.",
+                )
+            self._centres[name] = label_margin(answer.log_probs, request.labels)
+        return self._centres[name]
+
+    async def _answers(
+        self, rules: Constitution, payloads: Sequence[RolloutGroup], questions: Sequence[Sequence[JudgeRequest]]
+    ) -> list[list[Answer]]:
+        """Answers from the cache where it can; equal questions are asked once. Only real answers are kept."""
+        keys = [
+            [self._key(rules, payload, request) for request in asked]
+            for payload, asked in zip(payloads, questions, strict=True)
+        ]
+        fresh: dict[str, JudgeRequest] = {}
+        known: dict[str, Answer] = {}
+        for row, asked in zip(keys, questions, strict=True):
+            for key, request in zip(row, asked, strict=True):
+                if key in self._cache:
+                    self._cache.move_to_end(key)
+                    known[key] = Answer(self._cache[key])
+                    self._stats["num_cached"] += 1
+                else:
+                    fresh.setdefault(key, request)
+        for key, answer in zip(fresh, await self._ask(list(fresh.values())), strict=True):
+            known[key] = answer
+            if answer.log_probs is not None:
+                self._cache[key] = answer.log_probs
+        while len(self._cache) > _MAX_CACHED:
+            self._cache.popitem(last=False)
+        return [[known[key] for key in row] for row in keys]
+
+    def _key(self, rules: Constitution, payload: RolloutGroup, request: JudgeRequest) -> str:
+        texts = [payload.rollouts[k].completion.text for k in request.samples]
+        return cache_key(self._judge, rules, prompt_text(payload.prompt), texts)
+
+
+def _score(sibling: int, verdicts: Sequence[Verdict]) -> Score:
+    """The sibling's own verdict, or the mean over its pairs: a verdict on (first, second) speaks for the first."""
+    about = [verdict for verdict in verdicts if sibling in verdict.samples]
+    values = [
+        verdict.value if verdict.samples[0] == sibling else -verdict.value
+        for verdict in about
+        if verdict.value is not None
+    ]
+    if not values:
+        errors = sorted({verdict.error for verdict in about if verdict.error})
+        return Score(None, error="; ".join(errors) or "no verdict on this completion")
+    value = sum(values) / len(values)
+    return Score(value, components={"judge": value})
+
+
+class JudgeWorker(JudgeBase):
+    """One replica of the judge fleet: label log-probabilities from a vLLM engine.
+
+    Args:
+        model: Folder in Hugging Face layout.
+        engine: How vLLM is started.
+        constitutions: Name -> constitution file.
+        store: Where rollout groups are.
+        seed: Draws the fences around judged texts.
+        cores: Which cores, or how many threads, the engine may use.
+        name: The judge's name in records; its folder's where empty.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        engine: EngineConfig,
+        constitutions: Mapping[str, Path],
+        store: Store,
+        *,
+        seed: int,
+        cores: Cores | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(name or Path(model).name, constitutions, store, seed=seed)
+        self._model = Path(model)
+        self._max_model_len = engine.max_model_len
+        self._engine = VllmEngine(model, engine, cores=cores, name=f"judge {self._judge}")
+        self._tokenizer: Any = None
+        self._label_ids: dict[tuple[str, str], tuple[int, int]] = {}
+
+    async def _open(self) -> None:
+        from transformers import AutoTokenizer
+
+        await self._engine.start()
+        self._tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._model, trust_remote_code=False)
+
+    def _check(self, name: str, constitution: Constitution) -> None:
+        """Each label has to be one token after the judge's text, and the two have to differ."""
+        request = content_free_request(constitution, "N/A", seed=self._seed)
+        before: list[int] = self._tokenizer.encode(request.text)
+        ids = []
+        for label in request.labels:
+            after: list[int] = self._tokenizer.encode(request.text + label)
+            if after[: len(before)] != before or len(after) != len(before) + 1:
+                raise ConfigError(
+                    f"constitution {name}: labels",
+                    found=f"{label!r}, which is {len(after) - len(before)} tokens for {self._judge}",
+                    needed="labels of one token each after the judge's text",
+                    action="Choose another word; a label after a word or colon mostly begins with a space.",
+                )
+            ids.append(after[-1])
+        if ids[0] == ids[1]:
+            raise ConfigError(
+                f"constitution {name}: labels",
+                found=f"{request.labels}, which are the same token for {self._judge}",
+                needed="two labels that the judge tells apart",
+                action="Choose other words.",
+            )
+        self._label_ids[request.labels] = (ids[0], ids[1])
+
+    async def _ask(self, requests: Sequence[JudgeRequest]) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        by_labels: dict[tuple[str, str], list[tuple[int, Request]]] = {}
+        for index, request in enumerate(requests):
+            ids = tuple(self._tokenizer.encode(request.text))
+            if len(ids) >= self._max_model_len:
+                error = f"the judge's text has {len(ids)} tokens and its context is {self._max_model_len}"
+                answers[index] = Answer(None, error)
+                continue
+            self._stats["num_tokens"] += len(ids)
+            by_labels.setdefault(request.labels, []).append((index, Request(request.uid, ids)))
+        for labels, asked in by_labels.items():
+            rows = await self._engine.label_log_probs([request for _, request in asked], self._label_ids[labels])
+            for (index, _), row in zip(asked, rows, strict=True):
+                answers[index] = Answer(dict(zip(labels, row, strict=True)))
+        return [answers[index] for index in range(len(requests))]
+
+    async def stop(self) -> None:
+        """Ends the engine and its processes."""
+        await self._engine.stop()
+
+    async def engine_processes(self) -> tuple[int, ...]:
+        """Ids of the engine's processes, for memory accounts and fault drills."""
+        return self._engine.processes

@@ -1,0 +1,184 @@
+"""A judge behind an OpenAI-compatible endpoint: a small local server plays the service, faults included."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from actors.judge_openai import EndpointConfig, OpenAIJudgeWorker
+from actors.store import LocalStore
+from rlhf.errors import ConfigError, JudgeError
+from tests.actors.judging import make_group, write_constitution
+
+KEY = "sk-not-for-logs"
+Reply = tuple[int, Any]
+
+
+class Service:
+    """Replies with what ``behave`` returns for the body of a question and the number of the try."""
+
+    def __init__(self) -> None:
+        self.behave: Callable[[dict[str, Any], int], Reply] = lambda body, tries: (200, completion(-0.5, -1.5))
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # noqa: N802
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                service.bodies.append(body)
+                service.keys.append(self.headers["authorization"])
+                tries = sum(other == body for other in service.bodies)
+                status, reply = service.behave(body, tries)
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+
+@pytest.fixture
+def service(monkeypatch) -> Iterator[Service]:
+    monkeypatch.setenv("RLHF_JUDGE_API_KEY", KEY)
+    service = Service()
+    yield service
+    service.server.shutdown()
+    service.server.server_close()
+
+
+def completion(yes: float, no: float) -> dict[str, Any]:
+    top = {" yes": yes, " no": no, " maybe": -9.0}
+    return {"id": "1", "choices": [{"text": " yes", "index": 0, "logprobs": {"top_logprobs": [top]}}]}
+
+
+def chat(tops: list[tuple[str, float]], refusal: str | None = None) -> dict[str, Any]:
+    content = [{"token": tops[0][0], "logprob": tops[0][1], "top_logprobs": [_top(*top) for top in tops]}]
+    message = {"role": "assistant", "content": tops[0][0], "refusal": refusal}
+    return {"id": "1", "choices": [{"index": 0, "message": message, "logprobs": {"content": content}}]}
+
+
+def _top(token: str, log_prob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": log_prob}
+
+
+def _judge(service: Service, tmp_path, texts, **changes):
+    settings = {"base_url": service.url, "model": "m", "timeout_s": 5.0, "max_retries": 2} | changes
+
+    async def go():
+        judge = OpenAIJudgeWorker(
+            EndpointConfig.model_validate(settings), {"train": write_constitution(tmp_path)}, LocalStore(), seed=1
+        )
+        await judge.start()
+        try:
+            return await judge.judge([make_group("a", texts)], "train")
+        finally:
+            await judge.stop()
+
+    return asyncio.run(go())[0]
+
+
+def test_the_verdict_is_the_margin_of_the_labels(service, tmp_path):
+    def behave(body, tries):
+        return 200, completion(-0.5, -1.5) if "loved" in body["prompt"] else completion(-2.0, -0.25)
+
+    service.behave = behave
+    verdicts = _judge(service, tmp_path, ["I loved it", "dull"])
+    assert [verdict.value for verdict in verdicts] == [1.0, -1.75]
+    assert service.keys == [f"Bearer {KEY}"] * 2
+    assert {(body["model"], body["max_tokens"], body["temperature"]) for body in service.bodies} == {("m", 1, 0.0)}
+
+
+def test_a_chat_is_judged_by_its_first_token(service, tmp_path):
+    service.behave = lambda body, tries: (200, chat([("Yes", -1.0), ("yes", -1.0), (" no", -2.0), ("I", -5.0)]))
+    (verdict,) = _judge(service, tmp_path, ["good"], api="chat")
+    assert verdict.value == pytest.approx(math.log(2 * math.exp(-1.0)) + 2.0)
+    assert service.bodies[0]["messages"][0]["role"] == "system"
+    service.behave = lambda body, tries: (200, chat([("yes", -1.0), ("no", -2.0)], refusal="I cannot judge that."))
+    (verdict,) = _judge(service, tmp_path, ["good"], api="chat")
+    assert (verdict.value, verdict.error) == (None, "the judge refused")
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (b"<html>busy</html>", "not a reply"),
+        (b"", "not a reply"),
+        ({"choices": []}, "not a reply"),
+        ({"choices": [{"text": " yes"}]}, "label ' yes' is not among the 0"),
+        ({"choices": [{"logprobs": {"top_logprobs": []}}]}, "not among"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{" yes": -0.1, "perhaps": -3.0}]}}]}, "label ' no' is not among"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{" yes": "high", " no": -3.0}]}}]}, "not a reply"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{" yes": float("nan"), " no": -3.0}]}}]}, "not among"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{" yes": 4.0, " no": -3.0}]}}]}, "not among"),
+        ({"error": {"message": "overloaded"}}, "not a reply"),
+    ],
+)
+def test_garbage_is_a_missing_verdict(service, tmp_path, reply, error):
+    service.behave = lambda body, tries: (200, reply)
+    (verdict,) = _judge(service, tmp_path, ["good"])
+    assert verdict.value is None
+    assert error in verdict.error
+    assert KEY not in verdict.error
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_service_is_asked_again(service, tmp_path, status):
+    service.behave = lambda body, tries: (status, {}) if tries <= 2 else (200, completion(-0.5, -1.5))
+    (verdict,) = _judge(service, tmp_path, ["good"])
+    assert verdict.value == 1.0
+    assert len(service.bodies) == 3
+
+
+def test_a_failing_service_is_given_up_after_the_last_try(service, tmp_path):
+    service.behave = lambda body, tries: (500, {}) if "bad" in body["prompt"] else (200, completion(-0.5, -1.5))
+    good, bad = _judge(service, tmp_path, ["fine", "bad"], max_retries=1)
+    assert good.value == 1.0
+    assert (bad.value, bad.error) == (None, "the service failed: InternalServerError")
+    assert len(service.bodies) == 3
+
+
+def test_a_service_that_hangs_is_left(service, tmp_path):
+    service.behave = lambda body, tries: (time.sleep(3), (200, completion(-0.5, -1.5)))[1]
+    began = time.monotonic()
+    (verdict,) = _judge(service, tmp_path, ["good"], timeout_s=0.3, max_retries=0)
+    assert verdict.value is None
+    assert "APITimeoutError" in verdict.error or "did not answer" in verdict.error
+    assert time.monotonic() - began < 2.5
+
+
+def test_a_service_that_is_not_there_is_a_missing_verdict(service, tmp_path):
+    (verdict,) = _judge(service, tmp_path, ["good"], base_url="http://127.0.0.1:9/v1", max_retries=0)
+    assert (verdict.value, verdict.error) == (None, "the service failed: APIConnectionError")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_model_stops_the_judge(service, tmp_path, status):
+    service.behave = lambda body, tries: (status, {"error": {"message": f"bad key {KEY}"}})
+    with pytest.raises(JudgeError, match=f"status {status}") as caught:
+        _judge(service, tmp_path, ["good"])
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_comes_from_the_environment(service, tmp_path, monkeypatch):
+    monkeypatch.delenv("RLHF_JUDGE_API_KEY")
+    with pytest.raises(ConfigError, match="RLHF_JUDGE_API_KEY"):
+        _judge(service, tmp_path, ["good"])
+    (verdict,) = _judge(service, tmp_path, ["good"], api_key_variable=None)
+    assert verdict.value == 1.0
