@@ -27,19 +27,13 @@ class EvaluatorWorker:
     Args:
         run_dir: The run directory; ``eval/completions.parquet`` is written there.
         store: Where groups live.
-        config: Intervals and signs.
-        slice_field: Prompt field that names the slice.
-        subject_field: Prompt field that names what a text has to be about.
+        config: Intervals, signs, and which columns name slice and subject.
     """
 
-    def __init__(
-        self, run_dir: Path, store: Store, config: ReportCardConfig, *, slice_field: str, subject_field: str
-    ) -> None:
+    def __init__(self, run_dir: Path, store: Store, config: ReportCardConfig) -> None:
         self._run_dir = run_dir
         self._store = store
         self._config = config
-        self._slice_field = slice_field
-        self._subject_field = subject_field
         self._scorer = VaderScorer()
 
     def start(self) -> None:
@@ -75,7 +69,7 @@ class EvaluatorWorker:
         judged, independent = [], []
         for handle in groups:
             group: RolloutGroup = self._store.get(handle.payload)
-            sign = self._config.independent.request_signs[group.prompt.fields[self._slice_field]]
+            sign = self._config.independent.request_signs[group.prompt.fields[self._config.slice_field]]
             texts = [rollout.completion.text for rollout in group.rollouts]
             independent.append(ranks_from_scores([sign * value for value in self._scorer.score(texts)]))
             judged.append([score.value for score in handle.scores])
@@ -98,9 +92,9 @@ class EvaluatorWorker:
                     sample=sample,
                     arm=arm,
                     prompt=tables.prompt_text(group.prompt),
-                    request=fields[self._slice_field],
-                    subject=fields.get(self._subject_field, ""),
-                    keywords=fields.get("keywords", ""),
+                    request=fields[self._config.slice_field],
+                    subject=fields.get(self._config.subject_field, ""),
+                    keywords=fields.get(self._config.keywords_field, ""),
                     text=completion.text,
                     num_tokens=len(completion.token_ids),
                     finish_reason=completion.finish_reason,

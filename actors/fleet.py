@@ -191,13 +191,16 @@ class Fleet:
     async def _leave(self, replica: Replica) -> None:
         replica.state = ReplicaState.LEAVING
         with contextlib.suppress(TimeoutError):  # work that outlasts its own deadline is not waited for
-            await asyncio.wait_for(replica.idle.wait(), self.limits.call_timeout_s)
+            async with asyncio.timeout(self.limits.call_timeout_s):
+                while replica.in_flight:  # a broadcast may have come between the last work and here
+                    await replica.idle.wait()
         if replica.state is ReplicaState.LEAVING:  # it may have died at its last work
             await self._stop(replica)
             self._event("replica_left", role=self.role, replica=replica.index)
 
     async def _stop(self, replica: Replica) -> None:
         where = f"{self.role}[{replica.index}].stop"
+        replica.state = ReplicaState.DEAD  # to callers, from here on
         try:
             if replica.handle is not None:
                 with contextlib.suppress(RlhfError):  # it is ended either way

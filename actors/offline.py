@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.settings import LearnerConfig
-from rlhf.data.groups import best_completions, preference_pairs, read_groups, split_held_out
+from rlhf.data.groups import best_completions, read_groups, split_held_out
+from rlhf.data.supervised import SupervisedDataConfig, load_supervised
 from rlhf.errors import DataError
 from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, num_steps, train_offline
 from rlhf.objectives.config import ObjectiveConfig
@@ -32,7 +33,8 @@ class OfflineJob:
         run_dir: The run directory.
         stage: Names checkpoints, metrics and results.
         target: Where the trained model goes.
-        groups: A records file, or the folder of the feedback stage's training groups.
+        groups: Folder of the feedback stage's training groups.
+        records: Supervised records that are learned from instead; None takes the groups.
         held_out_fraction: Share of the prompts that is kept for evaluation.
         min_score: Least judge score of a completion for rejection sampling.
         max_sequence_tokens: Longest prompt and completion together.
@@ -49,6 +51,7 @@ class OfflineJob:
     stage: str
     target: Path
     groups: Path
+    records: SupervisedDataConfig | None
     held_out_fraction: float
     min_score: float
     max_sequence_tokens: int
@@ -59,20 +62,17 @@ class OfflineJob:
 
 def load_groups(job: OfflineJob) -> tuple[list[TrainGroup], list[TrainGroup]]:
     """The (training, held-out) groups, the same in every rank."""
-    if job.groups.is_dir():
+    if job.records is None:
         groups = read_groups(sorted(job.groups.glob("*.parquet")))
         if job.kind == "sft":
             groups = best_completions(groups, min_score=job.min_score)
-        elif job.kind == "preference":
-            groups = preference_pairs(groups)
     else:
-        from rlhf.data.supervised import load_supervised
         from rlhf.models.load import load_tokenizer
 
-        groups = load_supervised(job.groups, load_tokenizer(job.learner.model.path), job.max_sequence_tokens)
+        groups = load_supervised(job.records, load_tokenizer(job.learner.model.path), job.max_sequence_tokens)
     if len(groups) < 2:
         raise DataError(
-            f"stage {job.stage}: {job.groups}",
+            f"stage {job.stage}",
             found=f"{len(groups)} groups to learn from",
             needed="at least 2",
             action="Collect more feedback, or lower min_score.",
@@ -172,6 +172,7 @@ class _Session:
         """Measures on the held-out groups, exports the model, writes the results for the driver."""
         results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out)}
         if self._job.kind == "reward":
+            self._worker.fit_normaliser(held_out if self._rank == 0 else [])
             results |= reward_results(self._worker, held_out)
         partial = self._job.target.with_name(f".{self._job.target.name}")
         if self._rank == 0:

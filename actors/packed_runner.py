@@ -50,7 +50,8 @@ class PackedRunner:
         lengths = [row_length(group) for group in groups]
         limit = self._config.max_tokens_per_micro_batch
         plan = plan_micro_batches(lengths, num_ranks=1, max_tokens=limit)[0] if lengths else []
-        return split_plan(plan, self._group.max_int(len(plan)))
+        wanted = self._group.max_int(len(plan))
+        return split_plan(plan, wanted) if plan else [[] for _ in range(wanted)]
 
     def pack(self, groups: Sequence[TrainGroup]) -> PackedBatch:
         """Rows on the host; a rank without data gets one row of a single token, so that collectives meet."""

@@ -1,6 +1,8 @@
-"""Settings of the learner; imports no torch, so that a configuration is checked fast."""
+"""Settings of the learner and of a judging service; imports no torch, so that a configuration is checked fast."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
@@ -26,3 +28,25 @@ class LearnerConfig(StrictModel):
 
     seed: int = Field(default=0, ge=0)
     """Of fresh heads, fresh adapters and dropout."""
+
+
+class EndpointConfig(StrictModel):
+    """A service that judges."""
+
+    base_url: str = Field(pattern=r"^https?://")
+    """Where the service is, for example ``http://localhost:8000/v1``."""
+    model: str = Field(min_length=1)
+    """The model's name at the service."""
+    api: Literal["completions", "chat"] = "completions"
+    """``completions`` continues the judge's text with a label, as the vLLM judge does; ``chat`` sends it as a message
+    and asks for one of the labels as the whole answer."""
+    api_key_variable: str | None = "RLHF_JUDGE_API_KEY"
+    """Environment variable that holds the key; null for a service that asks for none."""
+    top_log_probs: int = Field(default=20, ge=2, le=20)
+    """How many of the likeliest tokens the service reports; a label that is not among them is a missing verdict."""
+    timeout_s: float = Field(default=60.0, gt=0.0)
+    """Longest wait for one answer, in seconds."""
+    max_retries: int = Field(default=4, ge=0, le=20)
+    """Further tries, with growing pauses, where the service is busy (429), failing (5xx) or out of reach."""
+    max_concurrency: int = Field(default=16, ge=1)
+    """Questions under way at the same time."""

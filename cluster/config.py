@@ -198,12 +198,12 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
         for name in ("train", "validation", "evaluation")
         if (section := getattr(config.data, name)) is not None
     }
-    stages: list[Any] = [
-        stage.model_copy(update={"path": absolute(stage.path)})
-        if isinstance(stage, FeedbackStage | SupervisedStage)
-        else stage
-        for stage in config.stages
-    ]
+    stages: list[Any] = []
+    for stage in config.stages:
+        if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
+            path = str(absolute(Path(stage.data.path)))
+            stage = stage.model_copy(update={"data": stage.data.model_copy(update={"path": path})})
+        stages.append(stage)
     constitutions = {name: absolute(getattr(config.constitutions, name)) for name in ("training", "evaluation")}
     return config.model_copy(
         update={

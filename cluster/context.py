@@ -113,7 +113,7 @@ class RunContext:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
         if self._recorder is None:
             placer = self._placers["recorder"] = Placer("recorder", self.config.recorder, 1)
-            handle = placer.spawn(RecorderWorker, {"run": self.run.root, "store": RayStore()})
+            handle = placer.spawn(RecorderWorker, 0, {"run": self.run.root, "store": RayStore()})
             self._recorder = RemoteRecorder(handle)
             await self._recorder.call("ping")
         return self._recorder
@@ -144,10 +144,6 @@ class RunContext:
         """A learner's settings on the start model."""
         return self.at(learner, self.start.path)
 
-    def resolved(self, model: str) -> Path:
-        """The local folder of a model reference."""
-        return resolve_model(model)
-
     @property
     def accelerator(self) -> str:
         """DeepSpeed's accelerator: ``cuda`` where learners take GPUs, else ``cpu``."""
@@ -174,7 +170,7 @@ class RunContext:
         resources = self.config.resources(role)
         placer = self._placers[role] = Placer(role, resources, wanted)
         limits = FleetLimits(resources.start_timeout_s, resources.call_timeout_s, resources.max_restarts)
-        fleet = Fleet(role, lambda index: placer.spawn(worker, kwargs), placer.retire, self.event, limits)
+        fleet = Fleet(role, lambda index: placer.spawn(worker, index, kwargs), placer.retire, self.event, limits)
         self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):
@@ -197,7 +193,7 @@ class RunContext:
         section: LearnerRole = getattr(self.config.roles, role)
         resources = section.resources
         placer = Placer(role, resources, section.ranks)
-        common = dict(kwargs) | {"store": await self.store()}
+        common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
         gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s)
         try:
             for rank in range(section.ranks):
@@ -208,7 +204,7 @@ class RunContext:
                     device="cuda" if resources.gpus else "cpu",
                 )
                 variables = {"DS_ACCELERATOR": self.accelerator}
-                gang.ranks.append(placer.spawn(LearnerWorker, common | {"rank": info}, variables))
+                gang.ranks.append(placer.spawn(LearnerWorker, rank, common | {"rank": info}, variables))
             if section.ranks > 1:
                 address, port = (await gang.call("rendezvous"))[0]
                 await gang.call("join", lambda rank: (address, port))

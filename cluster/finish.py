@@ -12,6 +12,7 @@ from rlhf.evaluation.criteria import check_criteria
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json
+from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary
 from rlhf.runs.timings import Timings
 
@@ -25,6 +26,10 @@ def summarise(config: RunConfig, root: Path) -> None:
         return
     summary = build_summary(config, run)
     write_summary(run.summary, summary)
+    if run.policy.is_dir():
+        write_policy_card(run.policy, summary, run.resolved_config())
+    if run.reward_model.is_dir():
+        write_reward_model_card(run.reward_model, summary, run.resolved_config())
     print(format_summary(summary))
     print(f"model    {run.policy}" if run.policy.is_dir() else f"run      {root}")
     print(f"summary  {run.summary}")

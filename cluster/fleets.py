@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from actors.calls import await_ref
 from actors.fleet import Fleet
 from actors.roles import FleetAnnotator, FleetJudge, FleetScorer
 from rlhf.evaluation.report_card import ReportCardConfig
+from rlhf.models.resolve import resolve_model
 from rlhf.protocols import RewardSource
 from rlhf.rewards.config import RewardPart
+from rlhf.rewards.mixture import Mixture
 
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
     """The generation fleet, serving ``policy``: replicas that hold other weights load it from its folder."""
     from actors.generation import GenerationWorker
+    from actors.vllm.processes import Cores
 
     role = context.config.roles.generation
     kwargs = {
@@ -29,41 +33,48 @@ async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
         "sampling": context.config.sampling,
         "run_seed": context.config.seed,
         "store": await context.store(),
-        "threads": role.resources.threads,
+        "cores": Cores(role.resources.threads),
         "version": policy.version,
     }
+    load = (policy.path, policy.version, int(role.bucket_mib * 2**20))
     fresh = not context.has_fleet("generation")
     fleet = await context.fleet("generation", GenerationWorker, kwargs)
     if context.serving != policy and not fresh:
         async with context.gate.hold("publish"):
-            await fleet.broadcast("load_folder", policy.path, policy.version)
+            await fleet.broadcast("load_folder", *load)
     context.serving = policy
-    fleet.welcome = None if fresh else fleet.caller("load_folder", policy.path, policy.version)
+
+    async def welcome(handle: Any) -> None:
+        timeout_s = role.resources.call_timeout_s
+        await await_ref(handle.load_folder.remote(*load), timeout_s=timeout_s, where="generation.load_folder")
+
+    fleet.welcome = welcome  # a newcomer starts from what the fleet was first created with
     return fleet
 
 
 async def judge_fleet(context: RunContext) -> Fleet:
     """The judge fleet with the run's constitutions: an endpoint's client where one is configured, else vLLM."""
-    from rlhf.feedback.constitution import load_constitution
-
     role = context.config.roles.judge
     paths = context.config.constitutions
     named = {"training": paths.training, "evaluation": paths.evaluation}
     kwargs = {
-        "constitutions": {name: load_constitution(path) for name, path in named.items() if path is not None},
+        "constitutions": {name: path for name, path in named.items() if path is not None},
         "seed": context.config.seed,
         "store": await context.store(),
     }
     if role.endpoint is not None:
-        from actors.judge_openai import EndpointJudgeWorker
+        from actors.judge_openai import OpenAIJudgeWorker
 
-        return await context.fleet(
-            "judge", EndpointJudgeWorker, kwargs | {"endpoint": role.endpoint, "model": role.model}
-        )
+        return await context.fleet("judge", OpenAIJudgeWorker, kwargs | {"endpoint": role.endpoint})
     from actors.judge import JudgeWorker
+    from actors.vllm.processes import Cores
 
-    model = context.start.path if role.model is None else context.resolved(role.model)
-    kwargs |= {"model": model, "engine": role.engine, "threads": role.resources.threads}
+    kwargs |= {
+        "model": context.start.path if role.model is None else resolve_model(role.model),
+        "engine": role.engine,
+        "cores": Cores(role.resources.threads),
+        "name": role.model or context.config.model,
+    }
     return await context.fleet("judge", JudgeWorker, kwargs)
 
 
@@ -102,12 +113,7 @@ async def reference_annotator(context: RunContext, policy: Policy) -> FleetAnnot
     return FleetAnnotator(fleet, context.timings.add_tokens)
 
 
-async def evaluator(
-    context: RunContext,
-    report_card: ReportCardConfig | None = None,
-    slice_field: str = "request",
-    subject_field: str = "subject",
-) -> Fleet:
+async def evaluator(context: RunContext, config: ReportCardConfig) -> Fleet:
     """The one worker that grades completions."""
     from actors.evaluator import EvaluatorWorker
 
@@ -115,17 +121,14 @@ async def evaluator(
     kwargs = {
         "run_dir": context.run.root,
         "store": await context.store(),
-        "config": report_card or ReportCardConfig(),
-        "slice_field": slice_field,
-        "subject_field": subject_field,
+        "config": config,
     }
     return await context.fleet("evaluator", EvaluatorWorker, kwargs)
 
 
-async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> RewardSource:
+async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> Mixture:
     """The weighted mixture of a stage's reward sources."""
     from actors.rules import RulesWorker
-    from rlhf.rewards.mixture import Mixture
 
     sources: list[RewardSource] = []
     for part in parts:
@@ -135,7 +138,7 @@ async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> Rew
         elif part.source == "judge":
             sources.append(FleetJudge(await judge_fleet(context), "training", meter))
         else:
-            kwargs = {"rules": [rule for rule in parts if rule.source == "rules"], "store": await context.store()}
+            kwargs = {"rules": part.rules, "store": await context.store()}
             sources.append(FleetScorer("rules", await context.fleet("rules", RulesWorker, kwargs), meter))
     return Mixture(sources, parts)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from actors.settings import EndpointConfig
 from actors.vllm.config import EngineConfig
 from cluster.topology import Resources, RolePlan
 from rlhf.config import StrictModel
@@ -35,8 +36,8 @@ class JudgeRole(StrictModel):
     """Model that judges; unset: the run's start model, which then judges its own kind."""
     engine: EngineConfig = EngineConfig()
     """vLLM's own settings; not used with an endpoint."""
-    endpoint: str | None = None
-    """Base URL of an OpenAI-compatible service that judges instead; its key is read from RLHF_JUDGE_API_KEY."""
+    endpoint: EndpointConfig | None = None
+    """An OpenAI-compatible service that judges instead."""
 
 
 class ScorerRole(StrictModel):

@@ -109,14 +109,15 @@ def _runner(stage: Stage) -> Callable[[Any, Any], Awaitable[dict[str, Any]]]:
     from cluster.stages.offline import run_offline
     from cluster.stages.online import run_online
 
-    return {
+    runners: dict[str, Callable[[Any, Any], Awaitable[dict[str, Any]]]] = {
         "feedback": run_feedback,
         "reward": run_offline,
         "sft": run_offline,
         "preference": run_offline,
         "rl": run_online,
         "evaluate": run_evaluate,
-    }[stage.kind]
+    }
+    return runners[stage.kind]
 
 
 def _finish(config: RunConfig, root: Path) -> int:

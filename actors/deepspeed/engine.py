@@ -26,7 +26,7 @@ from rlhf.maths.packing import PackedBatch
 
 TAG = "engine"
 MAX_SKIPS = 3
-RECOVERY_SCRIPT = "zero_to_torch.py"
+RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,8 @@ class TrainEngine:
         Files are written in place: the caller makes the directory temporary and renames it.
         """
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        (directory / RECOVERY_SCRIPT).unlink(missing_ok=True)
+        for script in RECOVERY_SCRIPTS:
+            (directory / script).unlink(missing_ok=True)
         state = {
             "world_size": self._group.world_size,
             "zero_stage": self._config.zero_stage,

@@ -27,12 +27,8 @@ class EvaluateStage(StrictModel):
     """Completions per prompt and arm."""
     best_of: int = Field(default=4, ge=0)
     """The baseline: the start model's best of this many by the reward model; 0 leaves it out."""
-    slice_field: str = "request"
-    """Prompt field that names the slice."""
-    subject_field: str = "subject"
-    """Prompt field that names what a completion has to be about."""
     report_card: ReportCardConfig = ReportCardConfig()
-    """Intervals and signs."""
+    """Intervals, signs, and which columns name slice and subject."""
 
 
 async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, Any]:
@@ -47,7 +43,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
         "after": await _sample(context, stage, context.policy, prompts, stage.num_samples),
     }
     measured = {arm: await _measure(context, stage, groups, has_reward_model) for arm, groups in arms.items()}
-    worker = await evaluator(context, stage.report_card, stage.slice_field, stage.subject_field)
+    worker = await evaluator(context, stage.report_card)
     [report] = await worker.broadcast("evaluate", measured, stage.num_samples)
     return {"eval": report}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf.config import StrictModel
+from rlhf.data.preferences import PreferenceDataConfig
 from rlhf.feedback.rankings import RankingConfig
 from rlhf.loops.label import LabelConfig
 
@@ -27,8 +27,8 @@ class FeedbackStage(StrictModel):
     """Names the stage in the record."""
     source: Literal["judge", "file"] = "judge"
     """``judge``: an AI judge ranks the policy's siblings. ``file``: people's pairs, ranked lists or ratings."""
-    path: Path | None = None
-    """With ``source: file``: JSONL, CSV or parquet, relative to the config file."""
+    data: PreferenceDataConfig | None = None
+    """With ``source: file``: the file, and what its columns mean."""
     num_prompts: int = Field(default=0, ge=0)
     """With ``source: judge``: how many of ``data.train`` are labelled; 0 takes all."""
     loop: LabelConfig = LabelConfig()
@@ -41,9 +41,9 @@ class FeedbackStage(StrictModel):
     """Report how far the judge agrees with the independent scorer on these completions; pointwise judges only."""
 
     @model_validator(mode="after")
-    def _path_with_file(self) -> FeedbackStage:
-        if (self.source == "file") != (self.path is not None):
-            raise ValueError("path goes with source: file, and has to be given there")
+    def _data_with_file(self) -> FeedbackStage:
+        if (self.source == "file") != (self.data is not None):
+            raise ValueError("data goes with source: file, and has to be given there")
         return self
 
 
@@ -57,7 +57,7 @@ async def run_feedback(context: RunContext, stage: FeedbackStage) -> dict[str, A
 async def _from_file(context: RunContext, stage: FeedbackStage) -> dict[str, Any]:
     recorder = await context.recorder()
     num_rankings = await recorder.call(
-        "import_preferences", stage.path, str(context.start.path), context.config.max_sequence_tokens
+        "import_people_feedback", stage.data, context.start.path, context.config.max_sequence_tokens
     )
     return {"source": "people", "num_rankings": num_rankings}
 
@@ -95,8 +95,9 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
 async def _agreement(context: RunContext) -> dict[str, float]:
     """The judge against the independent scorer on the same pairs: reported, never learned from."""
     from cluster.fleets import evaluator
+    from rlhf.evaluation.report_card import ReportCardConfig
 
-    worker = await evaluator(context)
+    worker = await evaluator(context, ReportCardConfig())
     groups = await (await context.recorder()).call("feedback_groups")
     [agreement] = await worker.broadcast("judge_agreement", groups)
     return agreement

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from actors.settings import LearnerConfig
 from rlhf.config import StrictModel
+from rlhf.data.supervised import SupervisedDataConfig
 from rlhf.loops.offline import OfflineConfig
 from rlhf.objectives.config import PreferenceConfig, RankConfig, SupervisedConfig
 
@@ -25,8 +25,8 @@ class SupervisedStage(StrictModel):
     """Names the stage in the record."""
     source: Literal["file", "feedback"] = "file"
     """``file``: chat or instruction records. ``feedback``: rejection sampling, each prompt's best-ranked completion."""
-    path: Path | None = None
-    """With ``source: file``: JSONL, CSV or parquet, relative to the config file."""
+    data: SupervisedDataConfig | None = None
+    """With ``source: file``: the file, and what its columns mean."""
     min_score: float = 0.0
     """With ``source: feedback``: least judge score of a completion that is learned from."""
     learner: LearnerConfig
@@ -39,9 +39,9 @@ class SupervisedStage(StrictModel):
     """Share of the prompts that is kept for evaluation."""
 
     @model_validator(mode="after")
-    def _path_with_file(self) -> SupervisedStage:
-        if (self.source == "file") != (self.path is not None):
-            raise ValueError("path goes with source: file, and has to be given there")
+    def _data_with_file(self) -> SupervisedStage:
+        if (self.source == "file") != (self.data is not None):
+            raise ValueError("data goes with source: file, and has to be given there")
         return self
 
 
@@ -63,7 +63,7 @@ class RewardStage(StrictModel):
 
 
 class PreferenceStage(StrictModel):
-    """Direct preference optimisation on the feedback stage's best and worst completion of each prompt."""
+    """Direct preference optimisation on the feedback stage's rankings."""
 
     kind: Literal["preference"]
     """Tag of this stage."""
@@ -88,7 +88,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
 
     from actors.offline import OfflineJob, read_results
 
-    target = context.run.reward_model if stage.kind == "reward" else context.run.policy_after(stage.name)
+    target = context.run.reward_model if stage.kind == "reward" else context.run.root / stage.name / "policy"
     learner = context.at_start(stage.learner) if stage.kind == "reward" else context.at_policy(stage.learner)
     job = OfflineJob(
         kind=stage.kind,
@@ -98,7 +98,8 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         run_dir=context.run.root,
         stage=stage.name,
         target=target,
-        groups=_source(context, stage),
+        groups=context.run.root / "groups",
+        records=stage.data if isinstance(stage, SupervisedStage) else None,
         held_out_fraction=stage.held_out_fraction,
         min_score=stage.min_score if isinstance(stage, SupervisedStage) else 0.0,
         max_sequence_tokens=context.config.max_sequence_tokens,
@@ -113,13 +114,6 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         results["version"] = context.policy.version + 1
         results["policy"] = str(target.relative_to(context.run.root))
     return results
-
-
-def _source(context: RunContext, stage: OfflineStage) -> Path:
-    """A records file, or the folder of training groups that the feedback stage left."""
-    if isinstance(stage, SupervisedStage) and stage.path is not None:
-        return stage.path
-    return context.run.groups
 
 
 def _fit(context: RunContext, job: Any) -> None:

@@ -15,14 +15,16 @@ from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
 from rlhf.loops.online import LoopConfig
-from rlhf.rewards.config import RewardPart
+from rlhf.rewards.config import RewardParts
 
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
     from actors.publisher import BucketPublisher
     from cluster.context import RunContext
+    from rlhf.data.prompts import PromptCursor
     from rlhf.loops.online import OnlineRoles
     from rlhf.protocols import Learner
+    from rlhf.rewards.mixture import Mixture
     from rlhf.runs.progress import Progress
 
 
@@ -39,7 +41,7 @@ class OnlineStage(StrictModel):
     """The value model's learner, for algorithms with a critic; starts from the reward model where there is one."""
     algorithm: AlgorithmConfig = GrpoConfig()
     """What the advantages are and how they are used."""
-    rewards: list[RewardPart] = Field(min_length=1)
+    rewards: RewardParts
     """The mixture that is learned from."""
     loop: LoopConfig
     """Steps, batch, staleness."""
@@ -85,6 +87,8 @@ class _OnlineRun:
         self.learners: dict[str, Learner] = {"learner": gang}
         self.checkpoints = context.run.checkpoints(stage.name)
         self.progress: Progress
+        self.rewards: Mixture
+        self.cursor: PromptCursor
         self.roles: OnlineRoles
 
     async def run(self, stack: AsyncExitStack) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class _OnlineRun:
     async def _assemble(self, stack: AsyncExitStack) -> OnlineRoles:
         from actors.roles import FleetGenerator
         from cluster.fleets import build_rewards, critic_gang, reference_annotator
-        from rlhf.algorithms import build_algorithm
+        from rlhf.algorithms.build import build_algorithm
         from rlhf.data.prompts import PromptCursor
         from rlhf.loops.online import OnlineRoles
         from rlhf.protocols import Annotator
@@ -124,10 +128,12 @@ class _OnlineRun:
             critic = await stack.enter_async_context(critic_gang(context, stage))
             annotators["critic"] = critic
             self.learners = {"critic": critic, "learner": self.gang}
+        self.cursor = PromptCursor(context.prompts("train"), seed=context.config.seed)
+        self.rewards = await build_rewards(context, stage.rewards)
         return OnlineRoles(
-            prompts=PromptCursor(context.prompts("train"), seed=context.config.seed),
+            prompts=self.cursor,
             generator=FleetGenerator(self.publisher.fleet, context.timings.add_tokens),
-            rewards=await build_rewards(context, stage.rewards),
+            rewards=self.rewards,
             annotators=annotators,
             learners=self.learners,
             publisher=self.publisher,
@@ -142,9 +148,11 @@ class _OnlineRun:
         step = 0
         if found is not None:
             step = found.step
-            self.roles.prompts.restore(found.state["cursor"])
+            self.cursor.restore(found.state["cursor"])
+            self.rewards.restore(found.state["rewards"])
             await self._load(found.path)
         self.context.metrics.resume(self.stage.name, step)
+        self.context.metrics.resume(f"{self.stage.name}-validation", step)
         return step
 
     async def _load(self, path: Path) -> None:
@@ -152,7 +160,7 @@ class _OnlineRun:
             await learner.load(path / name)
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.context.metrics.log(self.stage.name, step, metrics)
+        self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
         self.context.timings.write()
         self.progress.advance(score=metrics.get("rollout/score", float("nan")))
 
@@ -164,7 +172,7 @@ class _OnlineRun:
         async with self.roles.gate.hold("generation"):
             groups = await self.roles.generator.generate(prompts, num_samples=1, version=version)
         async with self.roles.gate.hold("scorer"):
-            scores = await self.roles.rewards.score(groups)
+            scores = await self.rewards.measuring().score(groups)
         values = [score.value for siblings in scores for score in siblings if score.value is not None]
         if not values:
             self.context.event("validation_missing", stage=stage.name, step=num_updates)
@@ -182,7 +190,7 @@ class _OnlineRun:
                 await learner.save(directory / name)
 
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
-            state = {"cursor": dict(cursor)}
+            state = {"cursor": dict(cursor), "rewards": self.rewards.state()}
             keep = self.stage.keep_checkpoints
             await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep)
         measured, score = self.validation

@@ -9,36 +9,15 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rlhf.config import StrictModel
 from rlhf.maths.advantages import ReduceSum
-from rlhf.maths.ops import KlEstimator, kl_estimate, masked_sum
+from rlhf.maths.ops import kl_estimate, masked_sum
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import TokenSignals, required
-from rlhf.objectives.policy import KlConfig, PolicyConfig, PolicyObjective
+from rlhf.objectives.config import KlConfig
+from rlhf.objectives.policy import PolicyObjective
 from rlhf.objectives.value import ValueObjective
-
-
-class RewardKlConfig(KlConfig):
-    """A penalty in the reward, where no gradient flows through it."""
-
-    estimator: KlEstimator = "k1"
-    """``k1`` makes the penalised score an unbiased estimate; ``k2`` and ``k3`` never pay a token."""
-
-
-class AlgorithmSettings(StrictModel):
-    """What all policy-gradient algorithms share."""
-
-    num_epochs: int = Field(default=1, ge=1)
-    """Times that a step trains on each of its rollouts."""
-    num_mini_batches: int = Field(default=1, ge=1)
-    """Optimizer updates in one epoch of a step."""
-    policy: PolicyConfig = PolicyConfig()
-    """The policy's loss; ``policy.kl`` is the KL in the loss."""
-    reward_kl: RewardKlConfig = RewardKlConfig()
-    """The KL in the reward, from the log-probs at the start of the step."""
 
 
 class Algorithm(Protocol):

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from rlhf.algorithms.base import AlgorithmSettings, penalised_scores, spread
+from rlhf.algorithms.base import penalised_scores, spread
+from rlhf.algorithms.config import GrpoConfig
 from rlhf.maths.advantages import ReduceSum, group_normalised
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import TokenSignals
 from rlhf.objectives.policy import PolicyObjective
-
-
-class GrpoConfig(AlgorithmSettings):
-    """Group-relative policy optimisation."""
-
-    name: Literal["grpo"] = "grpo"
-    """Tag of this algorithm."""
-    scale_by_std: bool = True
-    """Whether advantages are divided by their group's standard deviation; false is Dr. GRPO (Liu et al. 2025)."""
 
 
 class Grpo:

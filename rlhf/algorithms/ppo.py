@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rlhf.algorithms.base import AlgorithmSettings, reward_kl_tokens
+from rlhf.algorithms.base import reward_kl_tokens
+from rlhf.algorithms.config import PpoConfig
 from rlhf.maths.advantages import ReduceSum, generalised_advantages, whiten
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import TokenSignals, required, usable_sequences
 from rlhf.objectives.policy import PolicyObjective
-from rlhf.objectives.value import ValueConfig, ValueObjective
-
-
-class PpoConfig(AlgorithmSettings):
-    """Proximal policy optimisation."""
-
-    name: Literal["ppo"] = "ppo"
-    """Tag of this algorithm."""
-    gamma: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Discount per token."""
-    lam: float = Field(default=0.95, ge=0.0, le=1.0)
-    """GAE's weight of longer returns."""
-    whiten_advantages: bool = True
-    """Whether advantages get mean 0 and variance 1 over the whole step."""
-    value: ValueConfig = ValueConfig()
-    """The critic's loss."""
+from rlhf.objectives.value import ValueObjective
 
 
 class Ppo:

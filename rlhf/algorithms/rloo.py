@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from rlhf.algorithms.base import AlgorithmSettings, penalised_scores, spread
+from rlhf.algorithms.base import penalised_scores, spread
+from rlhf.algorithms.config import RlooConfig
 from rlhf.maths.advantages import ReduceSum, leave_one_out
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import TokenSignals
 from rlhf.objectives.policy import PolicyObjective
-
-
-class RlooConfig(AlgorithmSettings):
-    """REINFORCE leave-one-out."""
-
-    name: Literal["rloo"] = "rloo"
-    """Tag of this algorithm."""
 
 
 class Rloo:

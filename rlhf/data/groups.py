@@ -108,17 +108,3 @@ def best_completions(groups: Sequence[TrainGroup], *, min_score: float) -> list[
         if scores[best] >= min_score:
             chosen.append(TrainGroup(group.uid, group.prompt_ids, (group.completion_ids[best],)))
     return chosen
-
-
-def preference_pairs(groups: Sequence[TrainGroup]) -> list[TrainGroup]:
-    """Of each group the best-ranked and the worst-ranked completion, chosen first; groups of one rank are left out."""
-    pairs = []
-    for group in groups:
-        present = [k for k, rank in enumerate(group.ranks or ()) if rank == rank]
-        ranks = group.ranks or ()
-        if not present or len({ranks[k] for k in present}) < 2:
-            continue
-        best, worst = min(present, key=lambda k: ranks[k]), max(present, key=lambda k: ranks[k])
-        completions = (group.completion_ids[best], group.completion_ids[worst])
-        pairs.append(TrainGroup(group.uid, group.prompt_ids, completions))
-    return pairs

@@ -6,15 +6,12 @@ Legend: N sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf.config import StrictModel
-from rlhf.maths.aggregate import Aggregation, token_weights, weighted_sum
-from rlhf.maths.ops import KlEstimator, kl_estimate
+from rlhf.maths.aggregate import token_weights, weighted_sum
+from rlhf.maths.ops import kl_estimate
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import (
     Denominators,
@@ -28,45 +25,8 @@ from rlhf.objectives.base import (
     token_metric,
     trained_mask,
 )
+from rlhf.objectives.config import PolicyConfig
 from rlhf.types import TrainGroup
-
-
-class KlConfig(StrictModel):
-    """A penalty on the distance from the reference."""
-
-    coefficient: float = Field(default=0.0, ge=0.0)
-    """How much a nat of KL per token costs; 0 turns the penalty off."""
-    estimator: KlEstimator = "k3"
-    """``k1``, ``k2`` or ``k3`` of Schulman (2020). In a loss k1 is weighted by the importance ratio, without which its
-    expected gradient is zero."""
-
-
-class PolicyConfig(StrictModel):
-    """The policy's loss."""
-
-    kind: Literal["policy"] = "policy"
-    """Tag of this objective."""
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0.0)
-    """The ratio is clipped above at 1 + clip_high; above clip_low leaves room for unlikely tokens (DAPO)."""
-    importance_cap: float | None = Field(default=None, gt=0.0)
-    """Weighs tokens by min(learner / generating engine, cap), which corrects for engines that compute slightly
-    different or older log-probs. Absent: no correction."""
-    entropy_coefficient: float = Field(default=0.0, ge=0.0)
-    """Reward per nat of entropy, in the loss."""
-    kl: KlConfig = KlConfig()
-    """KL to the reference, in the loss."""
-    aggregation: Aggregation = "token_mean"
-    """How per-token losses become one number."""
-    fixed_length: int | None = Field(default=None, gt=0)
-    """Tokens to divide by under ``aggregation: fixed_length``; usually the token limit of generation."""
-
-    @model_validator(mode="after")
-    def _fixed_length_belongs_to_its_aggregation(self) -> PolicyConfig:
-        if (self.aggregation == "fixed_length") != (self.fixed_length is not None):
-            raise ValueError("fixed_length goes with aggregation 'fixed_length', and only with it")
-        return self
 
 
 class PolicyObjective:

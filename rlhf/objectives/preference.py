@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 
-from rlhf.config import StrictModel
 from rlhf.maths.ops import masked_sum
 from rlhf.maths.packing import PackedBatch
 from rlhf.maths.pairs import ordered_pairs
@@ -22,28 +19,8 @@ from rlhf.objectives.base import (
     required,
     trained_mask,
 )
+from rlhf.objectives.config import PreferenceConfig
 from rlhf.types import TrainGroup
-
-
-class PreferenceConfig(StrictModel):
-    """The loss of direct preference optimisation."""
-
-    kind: Literal["preference"] = "preference"
-    """Tag of this objective."""
-    variant: Literal["dpo", "ipo"] = "dpo"
-    """``dpo``: logistic loss. ``ipo``: squared distance to a fixed gap, which does not run away on clean labels."""
-    beta: float = Field(default=0.1, gt=0.0)
-    """Strength of the pull to the reference."""
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Chance that a label is wrong (``dpo`` only)."""
-    length_normalised: bool = False
-    """Whether log-probs are averaged over tokens rather than summed, so that length does not pay."""
-
-    @model_validator(mode="after")
-    def _smoothing_belongs_to_dpo(self) -> PreferenceConfig:
-        if self.variant == "ipo" and self.label_smoothing > 0:
-            raise ValueError("label_smoothing goes with variant 'dpo' only")
-        return self
 
 
 class PreferenceObjective:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
-from rlhf.config import StrictModel
 from rlhf.maths.ops import group_sum
 from rlhf.maths.packing import PackedBatch
 from rlhf.maths.pairs import ordered_pairs
@@ -22,21 +19,8 @@ from rlhf.objectives.base import (
     count_ranked,
     required,
 )
+from rlhf.objectives.config import RankConfig
 from rlhf.types import TrainGroup
-
-
-class RankConfig(StrictModel):
-    """The loss of a reward model."""
-
-    kind: Literal["rank"] = "rank"
-    """Tag of this objective."""
-    variant: Literal["log_sigmoid", "sigmoid"] = "log_sigmoid"
-    """``log_sigmoid``: -log sigmoid(difference). ``sigmoid``: -sigmoid(difference), which lets go of pairs that are
-    far on the wrong side and so suffers less from wrong labels."""
-    margin: float = Field(default=0.0, ge=0.0)
-    """What the better score has to exceed the worse one by."""
-    centring: float = Field(default=0.0, ge=0.0)
-    """Weight of the squared mean score of each prompt's ranked siblings, which a difference leaves free to drift."""
 
 
 class RankObjective:

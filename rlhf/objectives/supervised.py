@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from rlhf.config import StrictModel
 from rlhf.maths.aggregate import token_weights, weighted_sum
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import (
@@ -19,16 +17,8 @@ from rlhf.objectives.base import (
     token_metric,
     trained_mask,
 )
+from rlhf.objectives.config import SupervisedConfig
 from rlhf.types import TrainGroup
-
-
-class SupervisedConfig(StrictModel):
-    """The loss of supervised fine-tuning."""
-
-    kind: Literal["supervised"] = "supervised"
-    """Tag of this objective."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Whether every token or every completion weighs the same."""
 
 
 class SupervisedObjective:

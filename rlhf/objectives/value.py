@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 
-from rlhf.config import StrictModel
 from rlhf.maths.aggregate import token_weights, weighted_sum
 from rlhf.maths.packing import PackedBatch
 from rlhf.objectives.base import (
@@ -23,16 +20,8 @@ from rlhf.objectives.base import (
     token_metric,
     trained_mask,
 )
+from rlhf.objectives.config import ValueConfig
 from rlhf.types import TrainGroup
-
-
-class ValueConfig(StrictModel):
-    """The critic's loss."""
-
-    kind: Literal["value"] = "value"
-    """Tag of this objective."""
-    clip: float | None = Field(default=0.2, gt=0.0)
-    """Values may move this far from those at the start of the step before the gradient stops; null: no limit."""
 
 
 class ValueObjective:
