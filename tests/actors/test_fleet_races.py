@@ -1,0 +1,238 @@
+"""Fleets over fake actors that answer and die at random moments: any interleaving keeps the books straight."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
+
+import actors.fleet
+from actors.fleet import Fleet, FleetLimits
+from rlhf.errors import PublicationError, ReplicaLostError
+from tests.actors.fleets import Answer, Item, items
+
+
+class FakeRef:
+    """A reference that is one pending value."""
+
+    def __init__(self) -> None:
+        self._future: Future[Any] = Future()
+
+    def future(self) -> Future[Any]:
+        return self._future
+
+    def settle(self, value: Any) -> None:
+        if self._future.done():
+            return
+        if isinstance(value, Exception):
+            self._future.set_exception(value)
+        else:
+            self._future.set_result(value)
+
+
+class FakeStream:
+    """References that come one by one."""
+
+    def __init__(self) -> None:
+        self._refs: asyncio.Queue[FakeRef | None] = asyncio.Queue()
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> FakeRef:
+        ref = await self._refs.get()
+        if ref is None:
+            raise StopAsyncIteration
+        return ref
+
+    def deliver(self, value: Any) -> None:
+        ref = FakeRef()
+        ref.settle(value)
+        self._refs.put_nowait(ref)
+
+    def settle(self, value: Any) -> None:
+        if isinstance(value, Exception):
+            self.deliver(value)
+        self._refs.put_nowait(None)
+
+
+class FakeActor:
+    """An actor whose calls take a random while, and which may die at any of them."""
+
+    def __init__(self, world: World, index: int) -> None:
+        self.world, self.index = world, index
+        self.alive = True
+        self.pending: list[FakeRef | FakeStream] = []
+        self.stopped = False
+
+    def __getattr__(self, name: str) -> FakeMethod:
+        return FakeMethod(self, name)
+
+    def submit(self, reply: FakeRef | FakeStream, method: str, args: tuple[Any, ...]) -> Any:
+        if not self.alive:
+            reply.settle(ActorDiedError())
+            return reply
+        self.pending.append(reply)
+        draw = self.world.draw
+        if isinstance(reply, FakeStream):
+            for i, item in enumerate(args[0]):
+                self.world.later(0.001 * (i + 1), lambda item=item: self._deliver(reply, item))
+        delay = 0.001 * (draw.randrange(4) + (len(args[0]) + 1 if isinstance(reply, FakeStream) else 0))
+        if draw.random() < self.world.mortality and method != "stop":
+            self.world.later(delay / 2, self.die)
+        self.world.later(delay, lambda: self._finish(reply, method, args))
+        return reply
+
+    def _deliver(self, reply: FakeStream, item: Item) -> None:
+        if self.alive:
+            reply.deliver(Answer(item.uid, self.index))
+
+    def _finish(self, reply: FakeRef | FakeStream, method: str, args: tuple[Any, ...]) -> None:
+        if self.alive:
+            self.pending.remove(reply)
+            if method == "stop":
+                assert not self.pending, "a leaver was stopped in the middle of its work"
+            reply.settle([Answer(item.uid, self.index) for item in args[0]] if method == "answer" else None)
+
+    def die(self) -> None:
+        self.alive = False
+        for reply in self.pending:
+            reply.settle(ActorDiedError())
+        self.pending = []
+
+
+@dataclass
+class FakeMethod:
+    """What ``handle.method`` gives: ``remote`` and ``options(...).remote``."""
+
+    actor: FakeActor
+    name: str
+    reply: type = FakeRef
+
+    def options(self, *, num_returns: str) -> FakeMethod:
+        assert num_returns == "streaming"
+        return FakeMethod(self.actor, self.name, FakeStream)
+
+    def remote(self, *args: Any) -> Any:
+        return self.actor.submit(self.reply(), self.name, args)
+
+
+@dataclass
+class World:
+    """Everything random, and every actor ever made."""
+
+    draw: random.Random
+    mortality: float
+    actors: list[FakeActor] = field(default_factory=list)
+    retired: list[FakeActor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    def later(self, seconds: float, action: Any) -> None:
+        self.loop.call_later(seconds, action)
+
+    def spawn(self, index: int) -> FakeActor:
+        self.actors.append(FakeActor(self, index))
+        return self.actors[-1]
+
+
+async def scatter_often(fleet: Fleet, world: World, times: int) -> None:
+    for _ in range(times):
+        num_items = world.draw.randrange(1, 6)
+        if world.draw.random() < 0.5:
+            answers = await fleet.scatter("answer", items(num_items))
+        else:
+            answers = await fleet.scatter_stream("stream", items(num_items))
+        assert [answer.uid for answer in answers] == [f"p{i}" for i in range(num_items)]
+        await asyncio.sleep(0.001 * world.draw.randrange(3))
+
+
+async def scale_often(fleet: Fleet, world: World, sizes: list[int]) -> None:
+    for size in sizes:
+        await asyncio.sleep(0.001 * world.draw.randrange(5))
+        await fleet.scale(size)
+
+
+async def publish_often(fleet: Fleet, world: World, times: int) -> None:
+    for _ in range(times):
+        await asyncio.sleep(0.001 * world.draw.randrange(5))
+        try:
+            await fleet.broadcast("load")
+            await fleet.broadcast("load")
+        except PublicationError:
+            assert not fleet.healthy
+        await fleet.repair()
+
+
+def drive(seed: int, mortality: float, sizes: list[int], limits: FleetLimits) -> bool:
+    """Runs everything at once; returns whether it came through, and checks the books either way."""
+
+    async def body() -> bool:
+        world = World(random.Random(seed), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, limits)
+        async with asyncio.timeout(20):
+            await fleet.scale(2)
+            world.mortality = mortality
+            work = [scatter_often(fleet, world, 4), scatter_often(fleet, world, 4)]
+            work += [scale_often(fleet, world, sizes), publish_often(fleet, world, 3)]
+            results = await asyncio.gather(*work, return_exceptions=True)
+            failures = [result for result in results if result is not None]
+            for failure in failures:
+                assert isinstance(failure, ReplicaLostError), failure
+            world.mortality = 0.0
+            if not failures:
+                await fleet.repair()
+                assert len(fleet.healthy) == (sizes or [2])[-1]
+                await scatter_often(fleet, world, 2)
+            else:
+                assert fleet._restarts <= limits.max_restarts
+
+            healthy = fleet.healthy
+            assert all(replica.in_flight == 0 and replica.idle.is_set() for replica in healthy)
+            assert fleet._replicas == healthy == sorted(healthy, key=lambda replica: replica.index)
+            assert {r.handle for r in healthy} == set(world.actors) - set(world.retired), "every other actor is ended"
+            await fleet.stop()
+            assert not any(actor.alive for actor in world.actors)
+            assert len(world.retired) >= len(world.actors)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return not failures
+
+    return asyncio.run(body())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fake_kill():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(actors.fleet, "kill", lambda actor: actor.die())
+    yield
+    patch.undo()
+
+
+SIZES = st.lists(st.integers(1, 4), max_size=4)
+
+
+@given(st.integers(0, 2**32), SIZES)
+@settings(max_examples=15, deadline=None)
+def test_without_deaths_nothing_is_ever_dispatched_twice(seed: int, sizes: list[int]) -> None:
+    assert drive(seed, 0.0, sizes, FleetLimits(5.0, 5.0, max_restarts=0))
+
+
+@given(st.integers(0, 2**32), SIZES, st.sampled_from([0.02, 0.1, 0.3]))
+@settings(max_examples=15, deadline=None)
+def test_with_deaths_calls_come_through_or_fail_as_lost_and_no_actor_is_forgotten(
+    seed: int, sizes: list[int], mortality: float
+) -> None:
+    drive(seed, mortality, sizes, FleetLimits(5.0, 5.0, max_restarts=1000))
+    drive(seed, mortality, sizes, FleetLimits(5.0, 5.0, max_restarts=2))
+
+
+def test_rare_deaths_usually_come_through() -> None:
+    assert sum(drive(seed, 0.02, [3, 1, 2], FleetLimits(5.0, 5.0, max_restarts=1000)) for seed in range(5)) >= 3
