@@ -78,17 +78,25 @@ class Hooks:
     should_stop: Callable[[], bool]
 
 
-async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, span: range, first_version: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The steps of one call of the loop, and the weight version that counts as step 0's."""
+
+    steps: range
+    first_version: int
+
+
+async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, span: Span) -> None:
     """Fills the buffer.
 
     produces: one batch a step. consumes: prompts. waits for: a slot, the gate, generation, scoring.
     unblocked by: publication of a version that is new enough.
     """
-    for step in span:
+    for step in span.steps:
         await buffer.grant(step)
         prompts = roles.prompts.next_batch(config.prompts_per_step)
         cursor = roles.prompts.state()
-        version = first_version + buffer.oldest_update(step)
+        version = span.first_version + buffer.oldest_update(step)
         async with roles.gate.hold("generation"):
             groups = await roles.generator.generate(prompts, num_samples=config.num_samples, version=version)
         async with roles.gate.hold("scorer"):
@@ -100,26 +108,24 @@ async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, sp
         await buffer.put(StepBatch(step, scored, cursor))
 
 
-async def learn(
-    roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: StepBuffer, span: range, first_version: int
-) -> int:
+async def learn(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: StepBuffer, span: Span) -> int:
     """Empties the buffer and trains; returns the number of updates done.
 
     produces: weight versions. consumes: batches. waits for: a batch, the gate, the learners.
     unblocked by: the collector.
     """
-    for step in span:
+    for step in span.steps:
         batch = await buffer.take(step)
         groups: list[GroupHandle] = list(batch.groups)
         for role, annotator in roles.annotators.items():
             async with roles.gate.hold(role):
                 groups = await annotator.annotate(groups)
-        metrics: dict[str, float] = rollout_metrics(groups, first_version + step)
+        metrics: dict[str, float] = rollout_metrics(groups, span.first_version + step)
         for role, learner in roles.learners.items():
             async with roles.gate.hold(role):
                 metrics |= {f"{role}/{name}": value for name, value in (await learner.update(groups)).items()}
         async with roles.gate.hold("publish"):
-            published = await roles.publisher.publish(first_version + step + 1)
+            published = await roles.publisher.publish(span.first_version + step + 1)
         await roles.recorder.record(step, groups)
         await hooks.log(step, metrics | {f"publish/{name}": value for name, value in published.items()})
         done = step + 1
@@ -145,9 +151,9 @@ async def train_online(
     raised as it is.
     """
     buffer = StepBuffer(first_step, config.max_staleness, config.step_timeout_s)
-    span = range(first_step, config.steps)
-    collector = asyncio.create_task(collect(roles, config, buffer, span, first_version))
-    learner = asyncio.create_task(learn(roles, config, hooks, buffer, span, first_version))
+    span = Span(range(first_step, config.steps), first_version)
+    collector = asyncio.create_task(collect(roles, config, buffer, span))
+    learner = asyncio.create_task(learn(roles, config, hooks, buffer, span))
     try:
         await asyncio.wait({collector, learner}, return_when=asyncio.FIRST_COMPLETED)
         if not learner.done():
