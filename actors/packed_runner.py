@@ -55,7 +55,7 @@ class PackedRunner:
 
     def pack(self, groups: Sequence[TrainGroup]) -> PackedBatch:
         """Rows on the host; a rank without data gets one row of a single token, so that collectives meet."""
-        return pack(groups or [_placeholder()], pad_id=self._pad_id, multiple_of=self._config.model.row_multiple)
+        return pack(groups or [_stand_in()], pad_id=self._pad_id, multiple_of=self._config.model.row_multiple)
 
     def log_probs(self, groups: Sequence[TrainGroup]) -> list[TokenValues]:
         """Under the current weights, in the groups' order."""
@@ -105,6 +105,6 @@ class PackedRunner:
         )
 
 
-def _placeholder() -> TrainGroup:
+def _stand_in() -> TrainGroup:
     """What a rank without data runs, so that collectives inside the model meet."""
     return TrainGroup("", np.zeros(1, np.int32), (np.zeros(1, np.int32),), ranks=(1.0,), scores=(0.0,))
