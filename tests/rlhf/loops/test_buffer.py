@@ -130,3 +130,14 @@ def test_a_batch_that_never_comes_ends_in_a_deadline() -> None:
 def test_the_weights_that_draw_a_step(staleness: int, oldest: list[int]) -> None:
     buffer = StepBuffer(0, staleness, timeout_s=1.0)
     assert [buffer.oldest_update(step) for step in range(4)] == oldest
+
+
+def test_a_batch_is_given_away_once() -> None:
+    async def body() -> None:
+        buffer = StepBuffer(0, 0, timeout_s=0.05)
+        await buffer.put(StepBatch(0, (), {}))
+        assert (await buffer.take(0)).step == 0
+        with pytest.raises(DeadlineError):
+            await buffer.take(0)
+
+    asyncio.run(body())
