@@ -218,7 +218,7 @@ class RunContext:
             placer.close()
 
     async def watch_control(self, interval_s: float = 1.0) -> None:
-        """Scales fleets as ``rlhf scale`` asks, for as long as the run goes on."""
+        """Scales fleets as ``rlhf scale`` asks, for as long as the run goes on; a request that fails is an event."""
         asked: dict[str, int] = {}
         while True:
             await asyncio.sleep(interval_s)
@@ -226,7 +226,10 @@ class RunContext:
                 if role in self._fleets and asked.get(role) != wanted:
                     asked[role] = wanted
                     self.event("scaling", role=role, replicas=wanted)
-                    await self._fleets[role].scale(wanted)
+                    try:
+                        await self._fleets[role].scale(wanted)
+                    except RlhfError as error:  # the run goes on with the replicas that it has
+                        self.event("scaling_failed", role=role, error=str(error))
 
     def request_stop(self) -> None:
         """Asks the stage to save and end; ranks under Ray Train see it through the control folder."""
