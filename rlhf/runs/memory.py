@@ -95,7 +95,7 @@ class MemorySampler:
     """
 
     def __init__(
-        self, root_pid: int | None = None, *, marker: str = "", interval_s: float = 2.0, initial_gib: float = 0.0
+        self, root_pid: int | None = None, *, marker: str = "", interval_s: float = 5.0, initial_gib: float = 0.0
     ) -> None:
         self._root_pid = os.getpid() if root_pid is None else root_pid
         self._marker = marker
