@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,9 @@ def _entry(rank: int, world: int, port: int, work: Callable[..., Any], args: tup
     torch.set_num_threads(1)
     info = RankInfo(rank=rank, world_size=world, master_port=port, threads=1)
     try:
+        group = ProcessGroup(info, timeout_s=60)  # DeepSpeed keeps to the first group of a process
         queue.put((rank, work(info, *args), None))
+        group.close()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
 
