@@ -75,7 +75,7 @@ class ProcessGroup:
             )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.device = torch.device(info.device)
+        self.device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         # DeepSpeed reads these even where the group exists.
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size))
         os.environ.setdefault("LOCAL_RANK", "0")

@@ -27,7 +27,7 @@ class ReferenceWorker:
         threads: CPU threads; None leaves torch's default.
         max_tokens_per_batch: Most padded tokens of one forward pass.
         temperature: The sampler's; logits are divided by it.
-        device: Where it runs.
+        device: Where it runs; None takes a GPU where this process has one.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class ReferenceWorker:
         threads: int | None = None,
         max_tokens_per_batch: int = 8192,
         temperature: float = 1.0,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         self._config = ModelConfig(path=str(model), dtype=dtype)
         self._store = store
         self._threads = threads
         self._max_tokens = max_tokens_per_batch
         self._temperature = temperature
-        self._device = device
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: nn.Module | None = None
 
     def start(self) -> None:

@@ -74,7 +74,7 @@ class ScorerWorker:
         dtype: What it computes in.
         threads: CPU threads; None leaves torch's default.
         max_tokens_per_batch: Most padded tokens of one forward pass.
-        device: Where it runs.
+        device: Where it runs; None takes a GPU where this process has one.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class ScorerWorker:
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int | None = None,
         max_tokens_per_batch: int = 8192,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         self._folder = Path(model)
         self._config = ModelConfig(path=str(model), dtype=dtype)
         self._store = store
         self._threads = threads
         self._max_tokens = max_tokens_per_batch
-        self._device = device
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: nn.Module | None = None
         self._normaliser = ScoreNormaliser()
 

@@ -67,11 +67,17 @@ def load_scalar(config: ModelConfig, *, seed: int = 0) -> nn.Module:
         seed: Of a fresh head; equal seeds give equal heads on all ranks.
     """
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
     path = resolve_model(config.path)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, **_load_arguments(config)
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a missing head is made below; transformers would warn of it
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, **_load_arguments(config)
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     check_architecture(model, config.path)
     _use_scalar_head(model)
     if "score.weight" in info["missing_keys"]:
