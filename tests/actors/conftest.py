@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -11,8 +12,10 @@ def _shared_generation(tiny_model_dir: Path) -> Iterator[object]:
     from tests.actors.vllm.engines import RunningWorker
 
     running = RunningWorker(tiny_model_dir)
+    processes = running.run(running.worker.engine_processes())
     yield running
     running.stop()
+    assert processes and not any(psutil.pid_exists(pid) for pid in processes), "a stopped engine leaves no process"
 
 
 @pytest.fixture

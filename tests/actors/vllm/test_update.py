@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 
+import psutil
 import pytest
 import torch
 
@@ -50,18 +51,33 @@ def test_published_weights_act_bit_for_bit_like_a_fresh_engine_on_the_export(gen
     processes = fresh.run(fresh.worker.engine_processes())
     try:
         assert texts_and_bits(fresh.generate(version=0)) == published
+        _check_death(fresh, processes)
     finally:
         fresh.stop()
     assert processes
-    assert not any(_exists(pid) for pid in processes)
+    assert not any(psutil.pid_exists(pid) for pid in processes)
     with pytest.raises(EngineError, match="it was stopped"):
         asyncio.run(fresh.worker.generate(make_prompts(1), 1, 0))
 
 
-def _exists(pid: int) -> bool:
-    import psutil
+def _check_death(running: RunningWorker, processes: tuple[int, ...]) -> None:
+    """Kills an engine that draws; its caller learns of it at once, and later callers too."""
 
-    return psutil.pid_exists(pid)
+    async def kill_while_drawing():
+        drawing = asyncio.create_task(_draw_long(running))
+        await _until_in_flight(running)
+        for pid in processes:
+            psutil.Process(pid).kill()
+        with pytest.raises(EngineError, match="its process died"):
+            await asyncio.wait_for(drawing, 20)
+        return await running.worker.stats()
+
+    stats = running.run(kill_while_drawing())
+    assert (stats["alive"], stats["version"], stats["in_flight"]) == (0, -1, 0)
+    with pytest.raises(EngineError, match="its process died"):
+        running.generate(version=0)
+    with pytest.raises(EngineError, match="its process died"):
+        running.run(running.worker.begin_update(1))
 
 
 def test_a_tied_output_layer_may_be_sent_or_left_out(generation: RunningWorker, other_model):
