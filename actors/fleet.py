@@ -321,6 +321,7 @@ class Fleet:
         finally:
             for first in sent:
                 first.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
 
     def _drain(
         self, replica: Replica, method: str, share: Sequence[Any], args: tuple[Any, ...], found: dict[str, Any]

@@ -1,0 +1,190 @@
+"""Gangs: ranks act together and fail together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.gang import LearnerGang, balance
+from rlhf.errors import DataError, LearnerError, NonFiniteError
+from tests.fakes import make_group
+
+engine = pytest.mark.engine
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_balance_gives_each_index_once_and_every_rank_one(lengths: list[int], num_ranks: int) -> None:
+    if len(lengths) < num_ranks:
+        with pytest.raises(LearnerError, match="at least one group a rank"):
+            balance(lengths, num_ranks)
+        return
+    shares = balance(lengths, num_ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    assert all(share and share == sorted(share) for share in shares)
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths), "longest first leaves at most one group between the ranks"
+
+
+def test_balance_by_hand() -> None:
+    assert balance([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
+    assert balance([3, 3, 3], 3) == [[0], [1], [2]]
+
+
+class RankWorker:
+    """A rank that waits for its peers' files where a real one waits in a collective."""
+
+    def __init__(self, rank: int, num_ranks: int, folder: Path, fault: str = "") -> None:
+        self.rank, self.num_ranks, self.folder, self.fault = rank, num_ranks, folder, fault
+        self.num_calls = 0
+
+    def _collective(self, seconds: float = 60.0) -> None:
+        self.num_calls += 1
+        (self.folder / f"{self.num_calls}-{self.rank}").touch()
+        deadline = time.monotonic() + seconds
+        while len(list(self.folder.glob(f"{self.num_calls}-*"))) < self.num_ranks:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def start(self) -> None:
+        self._collective()
+
+    def update(self, groups):
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "hang":
+            time.sleep(1000)
+        if self.fault == "defect":
+            raise ValueError("a defect")
+        if self.fault == "data":
+            raise DataError("batch", found="x", needed="y", action="z")
+        self._collective()
+        skips = 3 if self.fault == "skips" else 0
+        return {"uids": [group.uid for group in groups], "rank": self.rank, "consecutive_skips": skips}
+
+    def annotate(self, groups):
+        import dataclasses
+
+        self._collective()
+        return [dataclasses.replace(group, annotations={"values": self.rank}) for group in groups]
+
+    def save(self, directory: Path) -> None:
+        self._collective()
+        (directory / f"rank{self.rank}").touch()
+
+    def stop(self) -> None:
+        if self.fault == "stop":
+            raise DataError("stop", found="x", needed="y", action="z")
+
+
+@pytest.fixture
+def make_gang(ray_cluster, tmp_path: Path):
+    import ray
+
+    made: list[LearnerGang] = []
+
+    def make(num_ranks: int = 2, **faults: str) -> LearnerGang:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        remote = ray.remote(RankWorker).options(num_cpus=0.1)
+        ranks = [remote.remote(r, num_ranks, folder, faults.get(f"rank{r}", "")) for r in range(num_ranks)]
+        made.append(LearnerGang("learner", ranks, timeout_s=30.0))
+        return made[-1]
+
+    yield make
+    for gang in made:
+        gang.kill()
+
+
+def pids_of(gang: LearnerGang) -> list[int]:
+    return asyncio.run(gang.call("pid"))
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its gang"
+        time.sleep(0.05)
+
+
+GROUPS = [make_group(f"p{i}", 0, (length,)) for i, length in enumerate([50, 10, 40, 20])]
+
+
+@engine
+def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -> None:
+    async def body() -> None:
+        gang = make_gang()
+        await gang.start()
+        metrics = await gang.update(GROUPS)
+        assert metrics["uids"] == ["p0", "p1"]
+        annotated = await gang.annotate(GROUPS)
+        assert [g.uid for g in annotated] == ["p0", "p1", "p2", "p3"]
+        assert [g.annotations["values"] for g in annotated] == [0, 0, 1, 1]
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        await gang.save(folder)
+        assert sorted(path.name for path in folder.iterdir()) == ["rank0", "rank1"]
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+@engine
+@pytest.mark.parametrize("fault", ["kill", "defect"])
+def test_one_failing_rank_ends_the_gang_though_its_peer_waits_for_it(make_gang, fault: str) -> None:
+    gang = make_gang(rank1=fault)
+    pids = pids_of(gang)
+    began = time.monotonic()
+    with pytest.raises(LearnerError, match=r"learner\[1\]\.update"):
+        asyncio.run(gang.update(GROUPS))
+    assert time.monotonic() - began < 20, "it did not wait for the collective to time out"
+    assert gang.ranks == []
+    wait_until_gone(pids)
+    for call in (gang.update(GROUPS), gang.annotate(GROUPS), gang.start()):
+        with pytest.raises(LearnerError, match="a gang that was ended"):
+            asyncio.run(call)
+    asyncio.run(gang.stop())
+
+
+@engine
+def test_a_hung_rank_ends_the_gang_within_its_bound(make_gang) -> None:
+    gang = make_gang(rank0="hang")
+    pids = pids_of(gang)  # the ranks have started
+    gang = LearnerGang("learner", gang.ranks, timeout_s=2.0)
+    began = time.monotonic()
+    with pytest.raises(LearnerError, match="no answer after 2 s"):
+        asyncio.run(gang.update(GROUPS))
+    assert time.monotonic() - began < 8
+    wait_until_gone(pids)
+
+
+@engine
+def test_a_rank_s_own_error_keeps_its_type_and_ends_the_gang(make_gang) -> None:
+    gang = make_gang(rank0="data")
+    pids = pids_of(gang)
+    with pytest.raises(DataError, match="batch"):
+        asyncio.run(gang.update(GROUPS))
+    wait_until_gone(pids)
+
+
+@engine
+def test_three_updates_in_a_row_that_are_not_finite_stop(make_gang) -> None:
+    gang = make_gang(rank0="skips", rank1="skips")
+    with pytest.raises(NonFiniteError):
+        asyncio.run(gang.update(GROUPS))
+
+
+@engine
+def test_stop_ends_ranks_that_fail_to(make_gang) -> None:
+    gang = make_gang(rank0="stop")
+    pids = pids_of(gang)
+    asyncio.run(gang.stop())
+    wait_until_gone(pids)
