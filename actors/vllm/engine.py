@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +140,6 @@ class VllmEngine:
         if llm is not None:
             with contextlib.suppress(TimeoutError):  # the processes are ended below, without asking
                 await asyncio.wait_for(asyncio.to_thread(llm.shutdown, 5.0), _STOP_TIMEOUT_S)
-        del llm
-        gc.collect()  # vLLM's client is in reference cycles, and its finaliser fails while the interpreter exits
         await end_processes(self._pids, _STOP_TIMEOUT_S)
 
     # -- drawing ------------------------------------------------------------------------------------------------

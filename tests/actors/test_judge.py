@@ -127,7 +127,7 @@ def test_label_log_probs_are_those_of_the_model(generation, tmp_path):
     from transformers import AutoModelForCausalLM
 
     judge = _vllm_judge(generation, write_constitution(tmp_path))
-    texts = ["I loved this film.", "I hated this film.", "great acting " * 40]
+    texts = ["I loved this film.", "I hated this film.", "great acting " * 200]
     (verdicts,) = generation.run(judge.judge([make_group("a", texts)], "train"))
     assert verdicts[2].value is None
     assert "its context is 256" in verdicts[2].error
