@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlhf.errors import ConfigError
 from rlhf.maths.names import Aggregation
 from rlhf.maths.ops import group_sum
 
@@ -53,6 +54,9 @@ def token_weights(
 
     Returns:
         float32 [N, T], 0 where the mask is False.
+
+    Raises:
+        ConfigError: ``fixed_length`` without a length.
     """
     lengths = mask.sum(-1)
     if how == "token_mean":
@@ -65,7 +69,8 @@ def token_weights(
         count = counts.groups
     else:
         if fixed_length is None:
-            raise ValueError("aggregation fixed_length needs a length")
+            needed = "a length to divide by"
+            raise ConfigError("aggregation fixed_length", found="none", needed=needed, action="Set fixed_length.")
         per_sequence, count = torch.full(lengths.shape, 1.0 / fixed_length, device=mask.device), counts.sequences
     # A step whose every sequence is masked has nothing to divide by; its weights are all zero anyway.
     return mask * (per_sequence / max(count, 1.0))[:, None]

@@ -5,7 +5,7 @@ Legend: M tokens, V vocabulary. Values at masked places may be anything, NaN inc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ def group_sum(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
     return torch.zeros(num_groups, dtype=values.dtype, device=values.device).index_add(0, group_index, values)
 
 
+class _RowSettings(NamedTuple):
+    temperature: float
+    chunk_size: int
+    with_entropy: bool
+
+
 class _TargetLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies of rows of logits, with their gradients, a chunk of rows at a time.
 
@@ -40,9 +46,8 @@ class _TargetLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, chunk_size: int, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, settings: _RowSettings) -> tuple[Tensor, Tensor]:
+        temperature, chunk_size, with_entropy = settings
         wide = _compute_dtype(logits)
         log_probs = torch.empty(targets.shape, dtype=wide, device=logits.device)
         normalisers = torch.empty_like(log_probs)
@@ -55,7 +60,7 @@ class _TargetLogProbs(torch.autograd.Function):
             if with_entropy:
                 entropy[rows] = _row_entropy(scaled - normalisers[rows, None])
         ctx.save_for_backward(logits, targets, normalisers, entropy)
-        ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
+        ctx.settings = settings
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -64,19 +69,20 @@ class _TargetLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, normalisers, entropy = ctx.saved_tensors
+        temperature, chunk_size, with_entropy = ctx.settings
         gradient = torch.empty_like(logits)
-        for start in range(0, len(targets), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            log_p = logits[rows].to(normalisers.dtype) / ctx.temperature - normalisers[rows, None]
+        for start in range(0, len(targets), chunk_size):
+            rows = slice(start, start + chunk_size)
+            log_p = logits[rows].to(normalisers.dtype) / temperature - normalisers[rows, None]
             p = log_p.exp()
             below = p * -grad_log_probs[rows, None]
-            if ctx.with_entropy:
+            if with_entropy:
                 # log p may be -inf where logits were masked; p is 0 there and so is the product's limit.
                 surprise = torch.where(p > 0, log_p, 0.0) + entropy[rows, None]
                 below -= p * surprise * grad_entropy[rows, None]
             below.scatter_add_(-1, targets[rows, None], grad_log_probs[rows, None])
-            gradient[rows] = below / ctx.temperature
-        return gradient, None, None, None, None
+            gradient[rows] = below / temperature
+        return gradient, None, None
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -104,7 +110,7 @@ def token_log_probs(
     Returns:
         Log-probabilities [M], in nats, at most 0; entropies [M] in nats, or None.
     """
-    log_probs, entropy = _TargetLogProbs.apply(logits, targets, temperature, chunk_size, with_entropy)
+    log_probs, entropy = _TargetLogProbs.apply(logits, targets, _RowSettings(temperature, chunk_size, with_entropy))
     return log_probs, entropy if with_entropy else None
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.errors import DataError
+
 Values = Sequence[float | None] | NDArray[np.floating]
 
 
@@ -43,7 +45,8 @@ def count_pairs(first: Values, second: Values) -> PairCounts:
     """Compares all pairs of items under two lists of values of the same length. [K], [K]."""
     a, b = _floats(first), _floats(second)
     if a.shape != b.shape:
-        raise ValueError(f"lists of {len(a)} and {len(b)} values cannot be compared")
+        found = f"lists of {len(a)} and {len(b)} values"
+        raise DataError("rank correlation", found=found, needed="two of one length", action="Compare the same items.")
     known = ~(np.isnan(a) | np.isnan(b))
     a, b = a[known], b[known]
     above = np.triu_indices(len(a), 1)

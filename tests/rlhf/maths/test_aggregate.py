@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from rlhf.errors import ConfigError
 from rlhf.maths.aggregate import token_weights, weighted_sum
 from rlhf.objectives.base import Denominators
 
@@ -59,5 +60,5 @@ def test_a_step_with_nothing_to_train_on_gives_zero_with_a_graph(how):
 
 
 def test_fixed_length_needs_its_length():
-    with pytest.raises(ValueError, match="needs a length"):
+    with pytest.raises(ConfigError, match="a length to divide by"):
         token_weights(MASK, GROUPS, COUNTS, "fixed_length")

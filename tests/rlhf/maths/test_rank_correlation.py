@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from rlhf.errors import DataError
 from rlhf.maths.rank_correlation import count_pairs, kendall_tau_b, pair_accuracy
 
 
@@ -39,7 +40,7 @@ def test_no_correlation_is_not_a_number(first, second):
 
 
 def test_lists_of_two_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 and 3"):
+    with pytest.raises(DataError, match="lists of 2 and 3"):
         kendall_tau_b([1, 2], [1, 2, 3])
 
 

@@ -59,9 +59,9 @@ def trl_grpo(loss_type: str, batch, log_probs, entropy, signals, **settings):
         current_gradient_accumulation_steps=1,
         max_completion_length=7,
         accelerator=_Accelerator(),
-        _entropy_bonus_enabled=settings["entropy"] > 0,
+        _entropy_bonus_enabled=settings["entropy_coefficient"] > 0,
         use_adaptive_entropy=False,
-        entropy_coef=settings["entropy"],
+        entropy_coef=settings["entropy_coefficient"],
         _metrics=defaultdict(lambda: defaultdict(list)),
     )
     inputs = {
@@ -102,7 +102,7 @@ def test_policy_loss_and_gradient(loss_type, aggregation, fixed_length):
     }
     log_probs, entropy = random(batch, 5).requires_grad_(), random(batch, 6).requires_grad_()
     ours = run(PolicyObjective(config), batch, ModelOutputs(log_probs, entropy), **signals).loss
-    settings = {"beta": 0.05, "clip_low": 0.2, "clip_high": 0.28, "entropy": entropy_coefficient}
+    settings = {"beta": 0.05, "clip_low": 0.2, "clip_high": 0.28, "entropy_coefficient": entropy_coefficient}
     theirs = trl_grpo(loss_type, batch, log_probs, entropy, signals, **settings)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
