@@ -41,6 +41,8 @@ class Worker:
     def put(self, value):
         return [self.store.put(value)]
 
+    keep = put
+
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 

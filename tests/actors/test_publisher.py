@@ -153,7 +153,8 @@ def test_scaling_while_publishing_mixes_no_versions_and_strands_no_leaver() -> N
         async with EchoFleet(worker=Receiver) as echo:
             await echo.fleet.scale(2)
             publication = Publication(echo)
-            work = asyncio.create_task(echo.fleet.scatter("answer", items(4), 2.0))
+            await publication.publisher.publish(3)  # everyone has started
+            work = asyncio.create_task(echo.fleet.scatter("answer", items(4), 5.0))
             await asyncio.sleep(0.1)
             leaver = echo.fleet.healthy[1].handle
             shrinking = asyncio.create_task(echo.fleet.scale(1))

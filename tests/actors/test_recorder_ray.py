@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,11 @@ class Producer:
         )
 
 
-@pytest.fixture(scope="module")
-def ray_module() -> Iterator[Any]:
+@pytest.fixture
+def ray_module(ray_cluster: None) -> Any:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    return ray
 
 
 def test_records_outlive_the_worker_that_drew_them(ray_module: Any, tmp_path: Path) -> None:
