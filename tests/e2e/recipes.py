@@ -1,0 +1,150 @@
+"""Small recipes on a tiny model, written into a test's folder and run by the real command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.actors.judging import write_constitution
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMINGS = ("seconds", "per_second")
+MARK = "RLHF_RUN_MARKER"
+
+
+def write_data(folder: Path, num_prompts: int = 16) -> None:
+    """Prompts and people's preferences about them."""
+    requests = ["enthusiastic", "scathing"]
+    rows = [
+        {
+            "uid": f"p/{i}",
+            "request": requests[i % 2],
+            "subject": f"the sea {i // 2}",
+            "prompt": f"Write a {requests[i % 2]} review of a film about the sea {i // 2}.",
+        }
+        for i in range(num_prompts)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    pairs = [
+        {"prompt": row["prompt"], "chosen": f"I loved it {i}.", "rejected": "Awful."} for i, row in enumerate(rows)
+    ]
+    (folder / "people.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs), encoding="utf-8")
+
+
+def base(folder: Path, model: Path, stages: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """A recipe in fp32 on one machine; ``stages`` are the test's own."""
+    engine = {"dtype": "float32", "max_model_len": 160, "kv_cache_gib": 0.1, "max_num_seqs": 32}
+    judge = dict(engine, max_model_len=384)
+    constitution = write_constitution(folder)
+    return {
+        "name": "tiny",
+        "seed": 5,
+        "run_dir": str(folder / "run"),
+        "model": str(model),
+        "max_sequence_tokens": 160,
+        "sampling": {"max_tokens": 12},
+        "data": {name: {"path": "prompts.jsonl"} for name in ("train", "validation", "evaluation")},
+        "constitutions": {"training": constitution.name, "evaluation": constitution.name},
+        "roles": {
+            "generation": {"resources": {"cpus": 0.1}, "engine": engine, "bucket_mib": 0.1},
+            "judge": {"resources": {"cpus": 0.1}, "engine": judge},
+            "scorer": {"resources": {"cpus": 0.1}},
+            "reference": {"resources": {"cpus": 0.1}},
+            "learner": {"resources": {"cpus": 0.1}},
+            "critic": {"resources": {"cpus": 0.1}},
+        },
+        "ray": {"num_cpus": 4, "object_store_gib": 0.2},
+        "stages": stages,
+    }
+
+
+def learner(**optim: float) -> dict[str, Any]:
+    """A learner's settings in fp32."""
+    return {"model": {"path": "start", "dtype": "float32"}, "optim": {"lr": 1e-3, **optim}}
+
+
+def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> Path:
+    """Writes the recipe beside its data."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts ``rlhf run`` with output in ``driver.log`` beside the recipe."""
+    log = (recipe.parent / "driver.log").open("a", encoding="utf-8")
+    command = [sys.executable, "-m", "cluster.cli", "run", str(recipe), *arguments]
+    environment = os.environ | {MARK: marker(recipe)}
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, env=environment)
+
+
+def marker(recipe: Path) -> str:
+    """What every process of a test's runs carries in its environment."""
+    return f"test-{recipe.parent}"
+
+
+def run(recipe: Path, *arguments: str, timeout_s: float = 500.0) -> int:
+    """Runs the command to its end and returns its exit code; nothing it started may be left."""
+    driver = start(recipe, *arguments)
+    try:
+        return driver.wait(timeout_s)
+    finally:
+        driver.kill()
+        assert_gone(recipe)
+
+
+def log_of(recipe: Path) -> str:
+    """What the drivers of a recipe have printed so far."""
+    return (recipe.parent / "driver.log").read_text(encoding="utf-8")
+
+
+def kill_when(driver: subprocess.Popen[str], ready: Any, *, sign: signal.Signals, timeout_s: float = 300.0) -> int:
+    """Sends a signal once ``ready()`` holds, and returns the exit code."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert driver.poll() is None, f"the driver ended with {driver.returncode} before it could be stopped"
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.05)
+    os.kill(driver.pid, sign)
+    return driver.wait(120)
+
+
+def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
+    """Every number of a stage's steps but timings."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [
+        {"step": line["step"]} | {k: v for k, v in line["metrics"].items() if not k.endswith(TIMINGS)}
+        for line in lines
+        if line["stage"] == stage
+    ]
+
+
+def assert_gone(recipe: Path, timeout_s: float = 60.0) -> None:
+    """No process of a recipe's runs is left, engines' children and Ray's own included."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = [p for p in psutil.process_iter() if _belongs(p, marker(recipe))]
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"left behind: {[' '.join(p.cmdline())[:80] for p in left]}"
+        time.sleep(0.5)
+
+
+def _belongs(process: psutil.Process, mark: str) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+            return False
+        return process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
