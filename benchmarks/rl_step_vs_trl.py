@@ -1,8 +1,8 @@
 """One reinforcement learning step against TRL's ``GRPOTrainer`` on the same machine.
 
 Both sides: SmolLM2-135M-Instruct, 4 prompts x 8 siblings x 48 tokens, no end-of-text, KL to a frozen reference, bf16
-compute, one update a step, the same prompts in order. Ours keeps fp32 master weights and includes the object
-store, scoring, the record and the publication of the new weights to vLLM. The two take turns, and the last line is JSON.
+compute, one update a step, the same prompts. Ours keeps fp32 master weights, and its step includes the object store,
+scoring, the record and the publication of the new weights to vLLM. The two take turns; the last line is JSON.
 
     .venv/bin/python benchmarks/rl_step_vs_trl.py
 """
