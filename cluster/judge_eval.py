@@ -12,6 +12,7 @@ import numpy as np
 from cluster.config import RunConfig
 from rlhf.data.formats import read_rows
 from rlhf.errors import ConfigError, DataError
+from rlhf.feedback.agreement import spearman
 from rlhf.feedback.constitution import Constitution, load_constitution
 from rlhf.types import Completion, GroupHandle, Message, Prompt, Rollout, RolloutGroup, VersionSpan
 
@@ -93,4 +94,5 @@ def _print(labels: Sequence[float], margins: Sequence[float | None], name: str) 
     print(f"constitution {name}: {len(known)} of {len(labels)} texts judged")
     print(f"accuracy at margin 0   {accuracy:.3f} on {len(clear)} clear texts")
     print(f"ordered pairs (AUC)    {sum(pairs) / len(pairs):.3f}")
+    print(f"Spearman               {spearman(labels, margins)} (mixed counts as 0)")
     print(f"median margin          {float(np.median([margin for _, margin in known])):+.3f} nats (the judge's centre)")

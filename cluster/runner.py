@@ -51,14 +51,15 @@ async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts
     from cluster.context import StopRequestedError, open_context
 
     received: list[int] = []
+    done: list[bool] = []
     async with open_context(config, directory, prompts) as context:
         main = asyncio.current_task()
 
         def on_signal(number: int) -> None:
             received.append(number)
             context.request_stop()
-            if len(received) > 1 and main is not None:
-                main.cancel()  # a second signal does not wait for the step to end
+            if len(received) == 2 and main is not None and not done:
+                main.cancel()  # a second signal does not wait for the step to end; closing is never interrupted
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,6 +73,8 @@ async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts
             context.event("stopped", signal=signal.Signals(received[0]).name)
             print(f"stopped by {signal.Signals(received[0]).name}; run the same command to go on", file=sys.stderr)
             return 128 + received[0]
+        finally:
+            done.append(True)
     return 0
 
 

@@ -95,6 +95,9 @@ class TrainEngine:
         )
         self._optimizer = optimizer
         optimizer.state.clear()
+        if config.zero_stage == 0 and group.world_size == 1:
+            # DeepSpeed would flatten all gradients and copy them back, to add them over one rank.
+            self._engine.enable_backward_allreduce = False
         if dtype == "bfloat16" and config.zero_stage == 0:
             for parameter in trained:
                 parameter.grad_dtype = torch.float32

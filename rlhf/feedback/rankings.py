@@ -5,11 +5,8 @@ A sibling without a verdict has no rank (None); it takes part in no pair of the 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pydantic import Field, FiniteFloat
 
@@ -106,15 +103,3 @@ def num_ordered_pairs(ranking: Ranking) -> int:
     """Returns how many pairs the ranking orders: what the rank loss learns from; 0 means nothing to learn."""
     known = [rank for rank in ranking.ranks if rank is not None]
     return sum(first != second for i, first in enumerate(known) for second in known[i + 1 :])
-
-
-def shuffle_ranks(ranking: Ranking, *, seed: int) -> Ranking:
-    """Returns the ranking with its known ranks dealt out at random: a null arm, which must not improve a model.
-
-    Which siblings have no rank stays as it was, and so does the number of ties.
-    """
-    digest = hashlib.blake2b(f"{seed}\x00{ranking.uid}".encode(), digest_size=8).digest()
-    known = [rank for rank in ranking.ranks if rank is not None]
-    random.Random(int.from_bytes(digest, "big")).shuffle(known)
-    dealt = iter(known)
-    return replace(ranking, ranks=tuple(None if rank is None else next(dealt) for rank in ranking.ranks))

@@ -9,23 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.errors import MissingFeedbackError
-from rlhf.feedback.agreement import PairAgreement, cohens_kappa, mean_kendall, pair_agreement, spearman
+from rlhf.feedback.agreement import spearman
 from rlhf.feedback.missing import check_missing
-
-
-def test_pairs_count_within_groups_only():
-    first = [[1.0, 2.0, 3.0], [5.0, 4.0], [1.0, 1.0]]
-    second = [[1.0, 3.0, 2.0], [9.0, 8.0], [1.0, 2.0]]
-    counts = pair_agreement(first, second)
-    assert counts == PairAgreement(agree=3, differ=1, tied=1)
-    assert counts.fraction == 0.75
-    assert pair_agreement([[1.0, None]], [[1.0, 2.0]]).fraction is None
-
-
-def test_kendall_is_averaged_over_the_groups_that_have_one():
-    tau, num_groups = mean_kendall([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
-    assert (tau, num_groups) == (0.0, 2)
-    assert mean_kendall([[1.0, 1.0]], [[1.0, 2.0]]) == (None, 0)
 
 
 def test_spearman_by_hand():
@@ -43,18 +28,6 @@ def test_spearman_by_hand():
 def test_spearman_follows_order_only(values):
     assert spearman(values, [value**3 for value in values]) == pytest.approx(1.0)
     assert spearman(values, [-value for value in values]) == pytest.approx(-1.0)
-
-
-def test_kappa_by_hand():
-    # 20 and 15 of 50 alike, 5 and 10 not: p_o = 0.7, p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5.
-    first = ["yes"] * 25 + ["no"] * 25
-    second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert cohens_kappa(first, second) == pytest.approx(0.4)
-    assert cohens_kappa([*first, None], [*second, "yes"]) == pytest.approx(0.4)
-    assert cohens_kappa(["a", "a"], ["a", "a"]) is None
-    assert cohens_kappa([None], ["a"]) is None
-    with pytest.raises(ValueError, match="cannot be compared"):
-        cohens_kappa(["a"], [])
 
 
 def test_too_much_missing_feedback_stops():

@@ -16,7 +16,6 @@ from rlhf.feedback.rankings import (
     ranking_from_scores,
     ranking_from_verdicts,
     ranks_as_floats,
-    shuffle_ranks,
 )
 from rlhf.feedback.verdicts import PairOutcome
 from rlhf.types import Ranking, Verdict
@@ -96,13 +95,3 @@ def test_ranks_for_the_loss():
     assert floats[:2] == (2.0, 1.0) and math.isnan(floats[2])
     assert num_ordered_pairs(ranking) == 2
     assert num_ordered_pairs(Ranking("u", (1, 1, None))) == 0
-
-
-def test_a_shuffled_ranking_keeps_its_ranks_but_not_their_places():
-    ranking = Ranking("u", (1, 2, None, 3, 4, 5))
-    shuffled = shuffle_ranks(ranking, seed=1)
-    assert shuffled == shuffle_ranks(ranking, seed=1)
-    assert shuffled.ranks[2] is None
-    assert sorted(rank for rank in shuffled.ranks if rank) == [1, 2, 3, 4, 5]
-    firsts = [shuffle_ranks(Ranking(f"u{i}", (1, 2)), seed=0).ranks[0] for i in range(400)]
-    assert 160 < firsts.count(1) < 240
