@@ -12,7 +12,7 @@ from actors.store import Store
 from actors.vllm.config import EngineConfig
 from actors.vllm.engine import Request, VllmEngine
 from actors.vllm.processes import Cores
-from rlhf.errors import DataError, PublicationError
+from rlhf.errors import DataError, PublicationError, RlhfError
 from rlhf.sampling import SamplingConfig, sampling_seed
 from rlhf.types import Completion, GroupHandle, Handle, Prompt, Rollout, RolloutGroup
 from rlhf.weights import Bucket, combine_digests
@@ -147,10 +147,14 @@ class GenerationWorker:
 
         await self.begin_update(version)
         digests: list[str] = []
-        buckets = folder_buckets(folder, bucket_bytes, self._dtype)
-        while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await self.receive_bucket(bucket)
-            digests.append(bucket.digest)
+        try:
+            buckets = folder_buckets(folder, bucket_bytes, self._dtype)
+            while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
+                await self.receive_bucket(bucket)
+                digests.append(bucket.digest)
+        except RlhfError:
+            await self.abort_update()
+            raise
         await self.finish_update(version, combine_digests(digests))
 
     async def abort_update(self) -> None:

@@ -14,7 +14,7 @@ from rlhf.models.settings import ModelConfig
 class LearnerConfig(StrictModel):
     """One model in training: policy, critic, reward model or any other objective."""
 
-    model: ModelConfig
+    model: ModelConfig = ModelConfig()
     """What is trained, and which part of it."""
 
     optim: OptimConfig = OptimConfig()

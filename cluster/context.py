@@ -112,7 +112,7 @@ class RunContext:
     async def recorder(self) -> RemoteRecorder:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
         if self._recorder is None:
-            placer = self._placers["recorder"] = Placer("recorder", self.config.recorder, 1)
+            placer = self._placers["recorder"] = Placer("recorder", self.config.recorder, 1, max_concurrency=4)
             handle = placer.spawn(RecorderWorker, 0, {"run": self.run.root, "store": RayStore()})
             self._recorder = RemoteRecorder(handle)
             await self._recorder.call("ping")
@@ -133,7 +133,9 @@ class RunContext:
     # Models
 
     def at(self, learner: LearnerConfig, path: Path) -> LearnerConfig:
-        """A learner's settings on the model at ``path``."""
+        """A learner's settings on the model at ``path``, unless they name one themselves."""
+        if learner.model.path:
+            return learner
         return learner.model_copy(update={"model": learner.model.model_copy(update={"path": str(path)})})
 
     def at_policy(self, learner: LearnerConfig) -> LearnerConfig:

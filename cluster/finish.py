@@ -13,6 +13,7 @@ from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
+from rlhf.runs.report import write_report
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary
 from rlhf.runs.timings import Timings
 
@@ -33,7 +34,8 @@ def summarise(config: RunConfig, root: Path) -> None:
     print(format_summary(summary))
     print(f"model    {run.policy}" if run.policy.is_dir() else f"run      {root}")
     print(f"summary  {run.summary}")
-    print(f"next     rlhf report {root}")
+    print(f"report   {write_report(root)}")
+    print("next     open the report in a browser; copy the recipe, change it, and run it with another run_dir")
 
 
 def build_summary(config: RunConfig, run: RunDirectory) -> Summary:

@@ -60,10 +60,13 @@ class Placer:
         role: Name in errors.
         resources: Of one actor.
         count: Actors of the first group.
+        max_concurrency: Calls that an actor of plain methods runs at a time, in threads; None leaves Ray's default,
+            which is one, and many for coroutines.
     """
 
-    def __init__(self, role: str, resources: Resources, count: int) -> None:
+    def __init__(self, role: str, resources: Resources, count: int, *, max_concurrency: int | None = None) -> None:
         self._role = role
+        self._max_concurrency = max_concurrency
         self._resources = resources
         self._bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         self._lock = threading.Lock()
@@ -100,6 +103,7 @@ class Placer:
                 num_gpus=self._resources.gpus,
                 max_restarts=0,
                 max_task_retries=0,
+                max_concurrency=self._max_concurrency,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(slot[0], placement_group_bundle_index=slot[1]),
                 runtime_env={"env_vars": variables},
             )

@@ -29,7 +29,7 @@ class SupervisedStage(StrictModel):
     """With ``source: file``: the file, and what its columns mean."""
     min_score: float = 0.0
     """With ``source: feedback``: least judge score of a completion that is learned from."""
-    learner: LearnerConfig
+    learner: LearnerConfig = LearnerConfig()
     """Starts from the policy as the stages before left it."""
     objective: SupervisedConfig = SupervisedConfig()
     """Negative log-likelihood of the completion."""
@@ -52,7 +52,7 @@ class RewardStage(StrictModel):
     """Tag of this stage."""
     name: str = "reward"
     """Names the stage in the record."""
-    learner: LearnerConfig
+    learner: LearnerConfig = LearnerConfig()
     """Starts from the run's start model with a fresh scalar head."""
     objective: RankConfig = RankConfig()
     """Rank loss over all ordered pairs of siblings."""
@@ -69,7 +69,7 @@ class PreferenceStage(StrictModel):
     """Tag of this stage."""
     name: str = "preference"
     """Names the stage in the record."""
-    learner: LearnerConfig
+    learner: LearnerConfig = LearnerConfig()
     """Starts from the policy as the stages before left it, which is also the reference."""
     objective: PreferenceConfig = PreferenceConfig()
     """DPO or one of its family."""

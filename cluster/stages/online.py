@@ -35,7 +35,7 @@ class OnlineStage(StrictModel):
     """Tag of this stage."""
     name: str = "rl"
     """Names the stage in the record."""
-    learner: LearnerConfig
+    learner: LearnerConfig = LearnerConfig()
     """The policy's learner; its model is the policy as the stages before left it."""
     critic: LearnerConfig | None = None
     """The value model's learner, for algorithms with a critic; starts from the reward model where there is one."""

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from rlhf.errors import ConfigError
 from rlhf.weights import Bucket, make_bucket, plan_buckets
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

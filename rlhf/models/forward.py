@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from rlhf.maths.ops import token_log_probs
 from rlhf.maths.packing import PackedBatch
 from rlhf.models.adapters import backbone
 from rlhf.models.load import head_of
 from rlhf.objectives.base import Head, ModelOutputs
-
-HEAD_ROWS = 1024
-SOFTMAX_ELEMENTS = 1 << 22
 
 
 def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -46,15 +43,14 @@ def language_outputs(
         ``log_probs`` and, if asked for, ``entropy``: float32 [N, T], zero at padding.
     """
     hidden = batch.gather_targets(hidden_states(model, batch))
+    # One call of the head whatever the number of targets: where its weights are sharded, each call is a collective.
+    logits = head_of(model, "language_model")(hidden)
     targets = batch.target_ids[batch.length_mask]
-    head = head_of(model, "language_model")
-    parts = [
-        token_log_probs(head(hidden[i : i + HEAD_ROWS]), targets[i : i + HEAD_ROWS], temperature, need_entropy)
-        for i in range(0, len(targets), HEAD_ROWS)
-    ] or [(hidden.sum(-1).float(), hidden.sum(-1).float())]
-    log_probs = batch.scatter_targets(torch.cat([part[0] for part in parts]))
-    entropy = batch.scatter_targets(torch.cat([part[1] for part in parts])) if need_entropy else None
-    return ModelOutputs(log_probs=log_probs, entropy=entropy)
+    log_probs, entropy = token_log_probs(logits, targets, temperature=temperature, with_entropy=need_entropy)
+    return ModelOutputs(
+        log_probs=batch.scatter_targets(log_probs),
+        entropy=None if entropy is None else batch.scatter_targets(entropy),
+    )
 
 
 def scalar_outputs(model: nn.Module, batch: PackedBatch, *, per_token: bool) -> ModelOutputs:
@@ -100,67 +96,3 @@ class PackedModel(nn.Module):
             "sequence_scores": outputs.sequence_scores,
         }
         return {name: value for name, value in fields.items() if value is not None}
-
-
-def token_log_probs(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, need_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log softmax(logits / temperature) at the targets, in fp32, without an fp32 copy of all logits.
-
-    Args:
-        logits: Any floating dtype. [M, V]
-        targets: int64 [M]
-        temperature: Above 0.
-        need_entropy: Whether the second result is the entropy in nats; else it is zero.
-
-    Returns:
-        Two float32 tensors [M]; gradients flow through both.
-    """
-    log_probs, entropy = _TokenLogProbs.apply(logits, targets, temperature, need_entropy)
-    return log_probs, entropy
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """Keeps the logits as they came and their log-sum-exp; the softmax is made again, a few rows at a time.
-
-    With p = softmax(x / t), z = x / t - logsumexp(x / t), H = -sum p z:
-    d log p_y / dx_j = ((j = y) - p_j) / t and dH / dx_j = -p_j (z_j + H) / t.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, need_entropy: bool) -> Any:
-        log_probs = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        entropy, normaliser = torch.zeros_like(log_probs), torch.empty_like(log_probs)
-        for rows in _row_slices(logits):
-            scaled = logits[rows].to(torch.float32, copy=True).div_(temperature)
-            total = torch.logsumexp(scaled, -1)
-            normaliser[rows] = total
-            log_probs[rows] = scaled.gather(-1, targets[rows, None])[:, 0] - total
-            if need_entropy:
-                scaled.sub_(total[:, None])
-                entropy[rows] = -(scaled.exp() * scaled).sum(-1)
-        ctx.save_for_backward(logits, targets, normaliser, entropy)
-        ctx.temperature, ctx.need_entropy = temperature, need_entropy
-        return log_probs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        grad_log_probs, grad_entropy = gradients
-        logits, targets, normaliser, entropy = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for rows in _row_slices(logits):
-            z = logits[rows].to(torch.float32, copy=True).div_(ctx.temperature).sub_(normaliser[rows, None])
-            upstream = grad_log_probs[rows, None]
-            if ctx.need_entropy:
-                p = z.exp()
-                gradient = z.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(upstream).mul_(p).neg_()
-            else:
-                gradient = z.exp_().mul_(-upstream)
-            gradient.scatter_add_(-1, targets[rows, None], upstream)
-            result[rows] = gradient.div_(ctx.temperature)
-        return result, None, None, None
-
-
-def _row_slices(logits: Tensor) -> list[slice]:
-    step = max(1, SOFTMAX_ELEMENTS // logits.shape[-1])
-    return [slice(i, i + step) for i in range(0, len(logits), step)]

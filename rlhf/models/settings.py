@@ -28,8 +28,10 @@ class LoraConfig(StrictModel):
 class ModelConfig(StrictModel):
     """Which model, in which numbers, and which part of it trains."""
 
-    path: str
-    """Local folder, hub id, or ``package:NAME`` for a GGUF file inside an installed package."""
+    path: str = ""
+    """Local folder, hub id, or ``package:NAME`` for a GGUF file inside an installed package. Empty in a stage: where
+    the stage starts by itself, which is the policy as the stages before left it, or the start model for a reward
+    model."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in. A learner keeps fp32 master weights beside bf16 ones."""

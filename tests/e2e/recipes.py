@@ -70,7 +70,7 @@ def base(folder: Path, model: Path, stages: list[Mapping[str, Any]]) -> dict[str
 
 def learner(**optim: float) -> dict[str, Any]:
     """A learner's settings in fp32."""
-    return {"model": {"path": "start", "dtype": "float32"}, "optim": {"lr": 1e-3, **optim}}
+    return {"model": {"dtype": "float32"}, "optim": {"lr": 1e-3, **optim}}
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> Path:

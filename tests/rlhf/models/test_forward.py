@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rlhf.maths.packing import pack, split_by_length
-from rlhf.models.forward import language_outputs, scalar_outputs, token_log_probs
+from rlhf.models.forward import language_outputs, scalar_outputs
 from rlhf.models.load import check_architecture, load_policy, load_scalar
 from rlhf.models.settings import ModelConfig
 from tests.rlhf.models.conftest import make_groups
@@ -95,36 +95,6 @@ def test_siblings_do_not_see_each_other(tiny: Path) -> None:
         after = scalar_outputs(model, other, per_token=False).sequence_scores
     assert before[0] != after[0]
     assert torch.equal(before[1:], after[1:])
-
-
-def test_token_log_probs_and_entropy_against_float64() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(5, 11) * 3
-    kept = logits.clone()
-    targets = torch.tensor([0, 10, 3, 3, 7])
-    log_probs, entropy = token_log_probs(logits, targets, 0.5, True)
-    wanted = (logits.double() / 0.5).log_softmax(-1)
-    torch.testing.assert_close(log_probs, wanted.gather(1, targets[:, None])[:, 0].float(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, -(wanted.exp() * wanted).sum(-1).float(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits, kept), "the caller's logits are left alone"
-
-
-@pytest.mark.parametrize("need_entropy", [True, False])
-def test_token_log_prob_gradients_equal_autograd(need_entropy: bool) -> None:
-    torch.manual_seed(1)
-    logits = (torch.randn(6, 9) * 2).requires_grad_()
-    targets = torch.randint(0, 9, (6,))
-    weights = torch.randn(2, 6)
-
-    def total(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        return (weights[0] * log_probs).sum() + need_entropy * (weights[1] * entropy).sum()
-
-    (ours,) = torch.autograd.grad(total(*token_log_probs(logits, targets, 1.7, need_entropy)), logits)
-    exact = logits.detach().double().requires_grad_()
-    log_softmax = (exact / 1.7).log_softmax(-1)
-    picked = log_softmax.gather(1, targets[:, None])[:, 0]
-    (wanted,) = torch.autograd.grad(total(picked, -(log_softmax.exp() * log_softmax).sum(-1)), exact)
-    torch.testing.assert_close(ours, wanted.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_no_targets_at_all_gives_zeros_with_a_graph(tiny: Path) -> None:
