@@ -204,7 +204,8 @@ def drive(seed: int, mortality: float, sizes: list[int], limits: FleetLimits) ->
             await fleet.stop()
             assert not any(actor.alive for actor in world.actors)
             assert len(world.retired) >= len(world.actors)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        late = asyncio.all_tasks() - {asyncio.current_task()}  # a placement that was given up ends in its thread
+        assert not late or not (await asyncio.wait(late, timeout=5))[1]
         return not failures
 
     return asyncio.run(body())
