@@ -14,6 +14,7 @@ from pydantic import Field
 from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
+from rlhf.errors import LearnerError
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
 
@@ -54,7 +55,24 @@ class OnlineStage(StrictModel):
 
 
 async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
-    """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/policy``."""
+    """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/policy``.
+
+    A rank that dies takes its gang with it; the whole gang then starts again from that checkpoint, as often as the
+    role's ``max_restarts`` allows.
+    """
+    restarts_left = context.config.roles.learner.resources.max_restarts
+    while True:
+        try:
+            return await _run_gang(context, stage)
+        except LearnerError as error:
+            context.event("gang_lost", role="learner", restarts_left=restarts_left, error=str(error))
+            if restarts_left == 0:
+                raise
+            restarts_left -= 1
+
+
+async def _run_gang(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
+    """One life of the learners."""
     from actors.publisher import BucketPublisher
     from cluster.fleets import generation_fleet, learner_gang
 

@@ -108,15 +108,28 @@ def log_of(recipe: Path) -> str:
     return (recipe.parent / "driver.log").read_text(encoding="utf-8")
 
 
-def kill_when(driver: subprocess.Popen[str], ready: Any, *, sign: signal.Signals, timeout_s: float = 300.0) -> int:
-    """Sends a signal once ``ready()`` holds, and returns the exit code."""
+def wait_for(driver: subprocess.Popen[str], ready: Any, timeout_s: float = 300.0) -> None:
+    """Returns once ``ready()`` holds; the driver has to live until then."""
     deadline = time.monotonic() + timeout_s
     while not ready():
         assert driver.poll() is None, f"the driver ended with {driver.returncode} before it could be stopped"
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(0.05)
+
+
+def kill_when(driver: subprocess.Popen[str], ready: Any, *, sign: signal.Signals) -> int:
+    """Sends the driver a signal once ``ready()`` holds, and returns its exit code."""
+    wait_for(driver, ready)
     os.kill(driver.pid, sign)
     return driver.wait(120)
+
+
+def kill_worker(recipe: Path, name: str) -> None:
+    """Sends SIGKILL to the workers of a recipe's run whose process title begins with ``name``."""
+    found = [p for p in psutil.process_iter() if _belongs(p, marker(recipe)) and " ".join(p.cmdline()).startswith(name)]
+    assert found, f"no process {name}"
+    for process in found:
+        process.kill()
 
 
 def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
