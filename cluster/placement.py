@@ -80,6 +80,8 @@ class Placer:
         deadline = time.monotonic() + self._resources.start_timeout_s
         while not self._closed.is_set() and (left := deadline - time.monotonic()) > 0:
             if group.wait(min(left, 1.0)):
+                if self._closed.is_set():
+                    break  # what the closing itself gave back made the room
                 return group
         remove_placement_group(group)
         raise PlacementError(

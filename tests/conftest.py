@@ -93,6 +93,7 @@ def _left_behind() -> list[psutil.Process]:
     return found
 
 
+@pytest.hookimpl(trylast=True)  # after the session's fixtures, which a session that ends early has still to close
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

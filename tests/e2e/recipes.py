@@ -19,7 +19,7 @@ from tests.actors.judging import write_constitution
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ("seconds", "per_second")
-MARK = "RLHF_RUN_MARKER"
+RUNTIME = ("ray::", "raylet", "gcs_server", "VLLM::", "multiprocessing.spawn")
 
 
 def write_data(folder: Path, num_prompts: int = 16) -> None:
@@ -82,15 +82,27 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> Path:
 
 def start(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
     """Starts ``rlhf run`` with output in ``driver.log`` beside the recipe."""
+    _BEFORE.setdefault(recipe, set(runtime_processes()))
     log = (recipe.parent / "driver.log").open("a", encoding="utf-8")
     command = [sys.executable, "-m", "cluster.cli", "run", str(recipe), *arguments]
-    environment = os.environ | {MARK: marker(recipe)}
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
 
 
-def marker(recipe: Path) -> str:
-    """What every process of a test's runs carries in its environment."""
-    return f"test-{recipe.parent}"
+_BEFORE: dict[Path, set[int]] = {}
+"""Ray's and the engines' processes that were there before a recipe's first run, such as the session's own cluster."""
+
+
+def runtime_processes() -> dict[int, str]:
+    """Ray's and the engines' processes by id: they rename themselves, which hides their environment, but not this."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            title = " ".join(process.cmdline())
+            if any(part in title for part in RUNTIME) and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = title
+        except psutil.Error:
+            continue
+    return found
 
 
 def run(recipe: Path, *arguments: str, timeout_s: float = 500.0) -> int:
@@ -125,11 +137,11 @@ def kill_when(driver: subprocess.Popen[str], ready: Any, *, sign: signal.Signals
 
 
 def kill_worker(recipe: Path, name: str) -> None:
-    """Sends SIGKILL to the workers of a recipe's run whose process title begins with ``name``."""
-    found = [p for p in psutil.process_iter() if _belongs(p, marker(recipe)) and " ".join(p.cmdline()).startswith(name)]
+    """Sends SIGKILL to the workers of a recipe's run whose title begins with ``name``."""
+    found = [pid for pid, title in runtime_processes().items() if title.startswith(name) and pid not in _BEFORE[recipe]]
     assert found, f"no process {name}"
-    for process in found:
-        process.kill()
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
 
 
 def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
@@ -146,18 +158,6 @@ def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
 def assert_gone(recipe: Path, timeout_s: float = 60.0) -> None:
     """No process of a recipe's runs is left, engines' children and Ray's own included."""
     deadline = time.monotonic() + timeout_s
-    while True:
-        left = [p for p in psutil.process_iter() if _belongs(p, marker(recipe))]
-        if not left:
-            return
-        assert time.monotonic() < deadline, f"left behind: {[' '.join(p.cmdline())[:80] for p in left]}"
+    while left := {pid: title for pid, title in runtime_processes().items() if pid not in _BEFORE[recipe]}:
+        assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.5)
-
-
-def _belongs(process: psutil.Process, mark: str) -> bool:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
-            return False
-        return process.environ().get(MARK) == mark
-    except psutil.Error:
-        return False
