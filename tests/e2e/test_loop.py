@@ -12,6 +12,7 @@ from tests.e2e import recipes
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1500)
 def test_whole_loop_with_two_replicas_and_two_ranks(tmp_path: Path, tiny_model_dir: Path) -> None:
     recipes.write_data(tmp_path)
     learner = recipes.learner() | {"deepspeed": {"zero_stage": 2}}

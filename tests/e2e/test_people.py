@@ -12,6 +12,7 @@ from tests.e2e import recipes
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1500)
 def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     recipes.write_data(tmp_path)
     stages = [

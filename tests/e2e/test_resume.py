@@ -14,6 +14,7 @@ STEPS = 40
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(1500)
 def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir: Path) -> None:
     recipes.write_data(tmp_path)
     stages = [
