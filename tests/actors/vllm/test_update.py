@@ -173,10 +173,11 @@ async def _draw_long(generation: RunningWorker):
     return [g async for g in generation.worker.stream(make_prompts(2), 2, 0, LONG)]
 
 
-async def _until_in_flight(generation: RunningWorker) -> None:
-    while not (await generation.worker.stats())["in_flight"]:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.15)  # some tokens under the old weights
+async def _until_drawing(generation: RunningWorker) -> None:
+    """Waits until every request in flight has a token or two; each has ``LONG.max_tokens`` to go."""
+    states = generation.worker._engine._link.llm.output_processor.request_states
+    while not states or any(state.detokenizer.num_output_tokens() < 2 for state in states.values()):
+        await asyncio.sleep(0.001)
 
 
 def test_completions_in_flight_carry_the_versions_of_their_tokens(generation: RunningWorker, other_model):
@@ -185,7 +186,7 @@ def test_completions_in_flight_carry_the_versions_of_their_tokens(generation: Ru
 
     async def change():
         drawing = asyncio.create_task(_draw_long(generation))
-        await _until_in_flight(generation)
+        await _until_drawing(generation)
         await generation.worker.begin_update(old + 1)
         for bucket in buckets:
             await generation.worker.receive_bucket(bucket)
@@ -206,7 +207,7 @@ def test_completions_in_flight_carry_the_versions_of_their_tokens(generation: Ru
 def test_an_aborted_update_fails_what_was_in_flight(generation: RunningWorker):
     async def abort():
         drawing = asyncio.create_task(_draw_long(generation))
-        await _until_in_flight(generation)
+        await _until_drawing(generation)
         await generation.worker.begin_update(99)
         await generation.worker.abort_update()
         with pytest.raises(EngineError, match="abort"):
