@@ -10,11 +10,11 @@ import numpy as np
 
 from actors.store import Store
 from rlhf.evaluation.completions import EvalCompletion, to_wide
-from rlhf.evaluation.independent import VaderScorer
+from rlhf.evaluation.independent import VaderScorer, request_sign
 from rlhf.evaluation.report_card import ReportCardConfig, grade
-from rlhf.evaluation.reward_model import pair_accuracy, ranks_from_scores
+from rlhf.evaluation.reward_model import pair_accuracy
 from rlhf.runs import tables
-from rlhf.types import GroupHandle, RolloutGroup
+from rlhf.types import GroupHandle, Ranking, RolloutGroup
 
 Arms = Mapping[str, Sequence[GroupHandle]]
 """Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` and, with a reward model,
@@ -60,20 +60,24 @@ class EvaluatorWorker:
         tables.write_table(self._run_dir / "eval" / "completions.parquet", to_wide(rows), tables.EVAL)
         return grade(rows, self._config).model_dump(mode="json")
 
-    def judge_agreement(self, groups: Sequence[GroupHandle]) -> dict[str, float]:
-        """Share of sibling pairs that the judge orders as the independent scorer does, as an ``Interval``.
+    def judge_agreement(self, groups: Sequence[GroupHandle], rankings: Sequence[Ranking]) -> dict[str, float]:
+        """Share of the ranked pairs that the independent scorer orders alike, as an ``Interval``; its ties count half.
 
         Args:
-            groups: Their scores are the judge's margins towards what was asked.
+            groups: The texts; those without a ranking are left out.
+            rankings: The judge's orders, by what was asked for.
         """
-        judged, independent = [], []
+        ranks_by_uid = {ranking.uid: ranking.ranks for ranking in rankings}
+        scores, ranks = [], []
         for handle in groups:
-            group: RolloutGroup = self._store.get(handle.payload)
-            sign = self._config.independent.request_signs[group.prompt.fields[self._config.slice_field]]
-            texts = [rollout.completion.text for rollout in group.rollouts]
-            independent.append(ranks_from_scores([sign * value for value in self._scorer.score(texts)]))
-            judged.append([score.value for score in handle.scores])
-        return pair_accuracy(judged, independent, self._config.bootstrap).model_dump()
+            if handle.uid in ranks_by_uid:
+                group: RolloutGroup = self._store.get(handle.payload)
+                request = group.prompt.fields[self._config.slice_field]
+                sign = request_sign(request, self._config.independent.request_signs)
+                texts = [rollout.completion.text for rollout in group.rollouts]
+                scores.append([sign * value for value in self._scorer.score(texts)])
+                ranks.append(ranks_by_uid[handle.uid])
+        return pair_accuracy(scores, ranks, self._config.bootstrap).model_dump()
 
     def _rows(self, arm: str, handle: GroupHandle) -> list[EvalCompletion]:
         group: RolloutGroup = self._store.get(handle.payload)

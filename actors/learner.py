@@ -126,10 +126,7 @@ class LearnerWorker:
             torch.set_num_threads(self._info.threads)
         torch.manual_seed(config.seed)
         self._group = ProcessGroup(self._info, timeout_s=config.deepspeed.collective_timeout_s)
-        if self._objective.head == "language_model":
-            model = load_policy(config.model)
-        else:
-            model = load_scalar(config.model, seed=config.seed)
+        model = load_policy(config.model) if self._objective.head == "language_model" else load_scalar(config.model)
         self._engine = TrainEngine(
             PackedModel(model, self._objective.head),
             config.deepspeed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class OfflineJob:
         held_out_fraction: Share of the prompts that is kept for evaluation.
         min_score: Least judge score of a completion for rejection sampling.
         max_sequence_tokens: Longest prompt and completion together.
-        seed: Of split, order and fresh heads.
-        threads: Compute threads; None takes all cores.
+        seed: Of split and order.
+        threads: Compute threads of a rank; None takes all cores of its node.
         accelerator: ``cpu`` or ``cuda``.
     """
 
@@ -90,12 +91,14 @@ def train_rank(config: Mapping[str, Any]) -> None:
     job: OfflineJob = config["job"]
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    # Ray sets OMP_NUM_THREADS from the CPUs that the rank reserved, which may be a fraction of one.
+    threads = job.threads or os.cpu_count() or 1
     groups, held_out = load_groups(job)
     check_batches(len(groups), job.loop, num_ranks, f"stage {job.stage}")
     worker = LearnerWorker(
         config=job.learner,
         store=LocalStore(),
-        rank=RankInfo(rank=rank, world_size=num_ranks, threads=job.threads),
+        rank=RankInfo(rank=rank, world_size=num_ranks, threads=threads),
         objective=job.objective,
         total_steps=num_steps(len(groups), job.loop),
     )
@@ -199,6 +202,7 @@ def reward_results(worker: Any, held_out: Sequence[TrainGroup]) -> dict[str, Any
     ranks = [group.ranks or () for group in held_out]
     config = BootstrapConfig()
     return {
+        "held_out": [group.uid for group in held_out],
         "pair_accuracy": pair_accuracy(scores, ranks, config).model_dump(),
         "kendall_tau": kendall_tau(scores, ranks, config).model_dump(),
         "num_pairs": sum(len(pair_outcomes(s, r)) for s, r in zip(scores, ranks, strict=True)),

@@ -6,7 +6,6 @@ rollout outlives the replica that drew it.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from rlhf.types import (
     Ranking,
     Rollout,
     RolloutGroup,
-    Score,
     TrainGroup,
     Verdict,
 )
@@ -157,27 +155,24 @@ class RecorderWorker:
         """Verdicts asked for, the fraction that is missing, and prompts with a ranking, over all chunks."""
         names = [name for name in self.names("verdicts") if name.startswith("feedback_")]
         verdicts = [verdict for name in names for verdict in self.read_verdicts(name)]
-        rankings = [ranking for name in names for ranking in self.read_rankings(name)]
         missing = sum(verdict.value is None for verdict in verdicts)
         return {
             "num_verdicts": len(verdicts),
             "missing_fraction": missing / max(len(verdicts), 1),
-            "num_rankings": sum(any(rank is not None for rank in ranking.ranks) for ranking in rankings),
+            "num_rankings": sum(
+                any(rank is not None for rank in ranking.ranks) for ranking in self.feedback_rankings()
+            ),
         }
 
+    def feedback_rankings(self) -> list[Ranking]:
+        """All rankings of the feedback stage, in the order in which its prompts were labelled."""
+        names = [name for name in self.names("rankings") if name.startswith("feedback_")]
+        return [ranking for name in names for ranking in self.read_rankings(name)]
+
     def feedback_groups(self) -> list[GroupHandle]:
-        """All groups of the feedback stage with the judge's values as scores (pointwise verdicts)."""
-        handles = []
-        for name in self.names("verdicts"):
-            if name.startswith("feedback_"):
-                values: dict[str, list[Verdict]] = {}
-                for verdict in self.read_verdicts(name):
-                    values.setdefault(verdict.uid, []).append(verdict)
-                for handle in self.read_groups(name):
-                    row = pointwise_scores(len(handle.completion_lengths), values.get(handle.uid, []))
-                    scores = tuple(Score(value, error="" if value is not None else "no verdict") for value in row)
-                    handles.append(dataclasses.replace(handle, scores=scores))
-        return handles
+        """All groups of the feedback stage, back in the store."""
+        names = [name for name in self.names("rollouts") if name.startswith("feedback_")]
+        return [handle for name in names for handle in self.read_groups(name)]
 
     def record_eval(self, rows: Sequence[EvalCompletion], name: str = "completions") -> int:
         """Writes the completions of an evaluation, one row per prompt and sample; returns the number of rows."""

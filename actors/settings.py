@@ -27,7 +27,7 @@ class LearnerConfig(StrictModel):
     """Most padded tokens of one forward and backward pass on one rank: this bounds the memory of activations."""
 
     seed: int = Field(default=0, ge=0)
-    """Of fresh heads, fresh adapters and dropout."""
+    """Of fresh adapters and dropout."""
 
 
 class EndpointConfig(StrictModel):

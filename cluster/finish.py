@@ -70,7 +70,9 @@ def _evaluation(results: Mapping[str, Any] | None) -> EvalSummary | None:
 def _reward_model(results: Mapping[str, Any] | None) -> RewardModelSummary | None:
     if results is None:
         return None
-    return RewardModelSummary.model_validate({name: results[name] for name in RewardModelSummary.model_fields})
+    return RewardModelSummary.model_validate(
+        {name: results[name] for name in RewardModelSummary.model_fields if name in results}
+    )
 
 
 def _notes(config: RunConfig) -> list[str]:

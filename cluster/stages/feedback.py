@@ -38,12 +38,15 @@ class FeedbackStage(StrictModel):
     shuffle_verdicts: bool = False
     """A null arm: deals each prompt's verdicts out at random. What is learned from them must not improve anything."""
     measure_agreement: bool = False
-    """Report how far the judge agrees with the independent scorer on these completions; pointwise judges only."""
+    """Report how far the judge agrees with the independent scorer, on these rankings and on the reward stage's held-out
+    ones."""
 
     @model_validator(mode="after")
     def _data_with_file(self) -> FeedbackStage:
         if (self.source == "file") != (self.data is not None):
             raise ValueError("data goes with source: file, and has to be given there")
+        if self.measure_agreement and self.source == "file":
+            raise ValueError("measure_agreement goes with source: judge")
         return self
 
 
@@ -65,6 +68,7 @@ async def _from_file(context: RunContext, stage: FeedbackStage) -> dict[str, Any
 async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, Any]:
     from actors.roles import FleetGenerator, FleetJudge
     from cluster.fleets import generation_fleet, judge_fleet
+    from cluster.stages.agreement import judge_agreement
     from rlhf.feedback.rankings import ranking_from_verdicts
     from rlhf.loops.label import LabelRoles, label
     from rlhf.runs.progress import Progress
@@ -88,19 +92,8 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
         await label(roles, stage.loop, prompts, version=context.policy.version, progress=bar.advance)
     results: dict[str, Any] = {"source": "judge", **await recorder.call("feedback_counts")}
     if stage.measure_agreement:
-        results["judge_agreement"] = await _agreement(context)
+        results["judge_agreement"] = await judge_agreement(context)
     return results
-
-
-async def _agreement(context: RunContext) -> dict[str, float]:
-    """The judge against the independent scorer on the same pairs: reported, never learned from."""
-    from cluster.fleets import evaluator
-    from rlhf.evaluation.report_card import ReportCardConfig
-
-    worker = await evaluator(context, ReportCardConfig())
-    groups = await (await context.recorder()).call("feedback_groups")
-    [agreement] = await worker.broadcast("judge_agreement", groups)
-    return agreement
 
 
 class ShuffledJudge:

@@ -87,6 +87,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
     import asyncio
 
     from actors.offline import OfflineJob, read_results
+    from cluster.stages.agreement import judge_agreement
 
     target = context.run.reward_model if stage.kind == "reward" else context.run.root / stage.name / "policy"
     learner = context.at_start(stage.learner) if stage.kind == "reward" else context.at_policy(stage.learner)
@@ -110,6 +111,9 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
     async with context.timed_gate(stage.name).hold("learner"):
         await asyncio.to_thread(_fit, context, job)
     results = read_results(job)
+    held_out = results.pop("held_out", None)
+    if held_out is not None and any(s.kind == "feedback" and s.measure_agreement for s in context.config.stages):
+        results["judge_agreement"] = await judge_agreement(context, held_out)
     if stage.kind != "reward":
         results["version"] = context.policy.version + 1
         results["policy"] = str(target.relative_to(context.run.root))

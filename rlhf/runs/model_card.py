@@ -55,9 +55,9 @@ def write_reward_model_card(directory: Path, summary: Summary, config: Mapping[s
         lines += ["## Results on held-out rankings", "", "| measure | value | 95 % interval |", "|---|---|---|"]
         lines += [_row("pair accuracy", model.pair_accuracy), _row("Kendall tau", model.kendall_tau), ""]
         lines += [f"{model.num_pairs} ranked pairs.", ""]
-    if summary.feedback is not None and summary.feedback.judge_agreement is not None:
-        agreement = summary.feedback.judge_agreement
-        lines += [f"For comparison, the judge agrees with an independent scorer on {agreement} of pairs.", ""]
+        if model.judge_agreement is not None:
+            found = f"An independent scorer orders {model.judge_agreement} of the same pairs as the judge did."
+            lines += [found, ""]
     lines += _limits(summary) + _origin(summary)
     return _write(directory, lines)
 

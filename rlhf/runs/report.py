@@ -198,6 +198,8 @@ def _feedback(run: RunDirectory, summary: Summary | None) -> str:
     if summary is not None and summary.reward_model is not None:
         model = summary.reward_model
         lines.append(f"reward model: pair accuracy {model.pair_accuracy}, Kendall tau {model.kendall_tau}")
+        if model.judge_agreement is not None:
+            lines.append(f"judge with the independent scorer on the same pairs {model.judge_agreement}")
     rows = []
     for verdict in read_table(files[0])[:NUM_VERDICTS] if files else []:
         texts = "<hr>".join(_text(text) for text in verdict["texts"])

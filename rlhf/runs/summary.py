@@ -40,7 +40,7 @@ class FeedbackSummary(StrictModel):
     missing_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of verdicts that could not be had."""
     judge_agreement: Interval | None = None
-    """Share of pairs that judge and independent scorer order alike, on held-out pairs; None without a judge."""
+    """Share of ranked pairs that the independent scorer orders as the judge did; None if not measured."""
 
 
 class RewardModelSummary(StrictModel):
@@ -52,6 +52,8 @@ class RewardModelSummary(StrictModel):
     """Mean Kendall tau-b over prompts."""
     num_pairs: int = Field(ge=0)
     """Ranked pairs held out."""
+    judge_agreement: Interval | None = None
+    """Share of those pairs that the independent scorer orders as the judge ranked them; None if not measured."""
 
 
 class Summary(StrictModel):
@@ -105,6 +107,8 @@ def format_summary(summary: Summary) -> str:
     if summary.reward_model is not None:
         model = summary.reward_model
         lines += ["", f"reward model: pair accuracy {model.pair_accuracy}, Kendall tau {model.kendall_tau}"]
+        if model.judge_agreement is not None:
+            lines.append(f"judge with the independent scorer on the same pairs: {model.judge_agreement}")
     if summary.feedback is not None and summary.feedback.judge_agreement is not None:
         lines.append(f"judge's agreement with the independent scorer: {summary.feedback.judge_agreement}")
     seconds = total_seconds(summary.timings)

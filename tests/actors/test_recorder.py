@@ -210,8 +210,8 @@ def test_a_feedback_chunk_is_complete_when_its_training_groups_are_there(
     recorder.record_chunk(0, handles, verdicts, rankings)
     assert recorder.has_chunk(0) and not recorder.has_chunk(1)
     assert recorder.feedback_counts() == {"num_verdicts": 8, "missing_fraction": 0.25, "num_rankings": 2}
-    back = recorder.feedback_groups()
-    assert [score.value for score in back[0].scores] == [0.0, 1.0, None, 3.0]
+    assert [handle.uid for handle in recorder.feedback_groups()] == [group.prompt.uid for group in groups]
+    assert recorder.feedback_rankings() == rankings
     (first, _) = read_groups([tmp_path / "groups" / "feedback_0000.parquet"])
     np.testing.assert_array_equal(first.ranks, [3.0, 2.0, np.nan, 1.0])
     np.testing.assert_array_equal(first.completion_ids[3], groups[0].rollouts[3].completion.token_ids)

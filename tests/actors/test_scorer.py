@@ -19,14 +19,14 @@ from rlhf.models.load import load_policy, load_scalar
 from rlhf.models.settings import ModelConfig
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, Score, TrainGroup, VersionSpan
 from tests.rlhf.models.conftest import make_groups
-from tests.tiny import build_tiny_model
+from tests.tiny import build_tiny_model, draw_head
 
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     base = build_tiny_model(folder / "base")
-    load_scalar(ModelConfig(path=str(base), dtype="float32")).save_pretrained(folder / "model")
+    draw_head(load_scalar(ModelConfig(path=str(base), dtype="float32"))).save_pretrained(folder / "model")
     for file in base.glob("tokenizer*"):
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     return folder / "model"

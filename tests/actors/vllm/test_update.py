@@ -65,7 +65,7 @@ def _check_death(running: RunningWorker, processes: tuple[int, ...]) -> None:
 
     async def kill_while_drawing():
         drawing = asyncio.create_task(_draw_long(running))
-        await _until_in_flight(running)
+        await _until_drawing(running)
         for pid in processes:
             psutil.Process(pid).kill()
         with pytest.raises(EngineError, match="its process died"):

@@ -22,6 +22,7 @@ from rlhf.models.forward import language_outputs, scalar_outputs
 from rlhf.models.load import check_architecture, load_policy, load_scalar
 from rlhf.models.settings import ModelConfig
 from tests.rlhf.models.conftest import make_groups
+from tests.tiny import draw_head
 
 
 def plain_log_probs(model: torch.nn.Module, group, temperature: float = 1.0) -> list[np.ndarray]:
@@ -84,7 +85,7 @@ def test_llama_like_architectures_run_packed(model: torch.nn.Module) -> None:
 
 
 def test_siblings_do_not_see_each_other(tiny: Path) -> None:
-    model = load_scalar(ModelConfig(path=str(tiny), dtype="float32")).eval()
+    model = draw_head(load_scalar(ModelConfig(path=str(tiny), dtype="float32"))).eval()
     batch = pack(make_groups(1), pad_id=0)
     changed = batch.input_ids.clone()
     changed[batch.segment_ids == 1] = 9

@@ -55,7 +55,10 @@ def demo_summary(num_prompts: int = 40) -> Summary:
             source="judge", num_rankings=200, num_verdicts=800, missing_fraction=0.0125, judge_agreement=accuracy
         ),
         reward_model=RewardModelSummary(
-            pair_accuracy=accuracy, kendall_tau=kendall_tau(scores.tolist(), ranks, config), num_pairs=240
+            pair_accuracy=accuracy,
+            kendall_tau=kendall_tau(scores.tolist(), ranks, config),
+            num_pairs=240,
+            judge_agreement=accuracy,
         ),
         timings={
             "feedback": {"generate": 210.5, "judge": 160.0},

@@ -43,6 +43,7 @@ def test_summary_has_the_documented_fields(tmp_path: Path, summary: Summary) -> 
         document["feedback"]["judge_agreement"],
         document["reward_model"]["pair_accuracy"],
         document["reward_model"]["kendall_tau"],
+        document["reward_model"]["judge_agreement"],
     ):
         assert set(value) == interval
     assert document["eval"]["num_prompts"] == 40

@@ -1,0 +1,29 @@
+"""How far the feedback agrees with the independent scorer: reported, never learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.context import RunContext
+
+
+async def judge_agreement(context: RunContext, uids: Collection[str] | None = None) -> dict[str, float]:
+    """Share of the feedback's ranked pairs that the independent scorer orders alike, as an ``Interval``.
+
+    Args:
+        context: The run, after its feedback stage.
+        uids: Prompts whose rankings count; None takes all.
+    """
+    from cluster.fleets import evaluator
+    from rlhf.evaluation.report_card import ReportCardConfig
+
+    recorder = await context.recorder()
+    rankings = await recorder.call("feedback_rankings")
+    groups = await recorder.call("feedback_groups")
+    if uids is not None:
+        rankings = [ranking for ranking in rankings if ranking.uid in uids]
+    worker = await evaluator(context, ReportCardConfig())
+    [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
+    return agreement
