@@ -15,10 +15,10 @@ ARMS = {
     "quickstart": [],
     "quickstart-seed-18": ["seed=18"],
     "quickstart-seed-19": ["seed=19"],
-    "quickstart-null": ["stages.0.shuffle_verdicts=true", "stages.3.rewards.1.weight=0.0"],
+    "quickstart-null": ["shuffle_verdicts=true"],
 }
-"""Run directory under ``runs/`` and the overrides of each arm. In the null arm nothing that is learned from knows the
-verdicts: they are dealt out at random before the rankings, and the judge's own reward is left out."""
+"""Run directory under ``runs/`` and the overrides of each arm. In the null arm the judge's verdicts are dealt
+out at random among siblings, in the rankings and in the reward."""
 METRICS = ("follows_request", "judge_margin", "distinct_2", "length", "on_topic", "kl_per_token")
 
 

@@ -75,6 +75,9 @@ class RunConfig(StrictModel):
     """Prompts."""
     constitutions: ConstitutionPaths = ConstitutionPaths()
     """What the judge is told."""
+    shuffle_verdicts: bool = False
+    """A null arm: deals what the judge says of a prompt's siblings out among them at random, in the feedback and in the
+    reward. What is learned from it must not improve anything."""
     roles: Roles = Roles()
     """How many of each role, where, with what."""
     recorder: Resources = Resources(cpus=0.1)

@@ -81,6 +81,6 @@ def _notes(config: RunConfig) -> list[str]:
     judged = any(stage.source == "judge" for stage in feedback)
     if judged and config.roles.judge.model is None and config.roles.judge.endpoint is None:
         notes.append("The judge has the policy's own starting weights: it judges its own kind.")
-    if any(stage.shuffle_verdicts for stage in feedback):
+    if config.shuffle_verdicts:
         notes.append("Null arm: the verdicts were shuffled, so nothing should improve.")
     return notes

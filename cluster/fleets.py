@@ -10,6 +10,7 @@ from actors.calls import await_ref
 from actors.fleet import Fleet
 from actors.roles import FleetAnnotator, FleetJudge, FleetScorer
 from rlhf.evaluation.report_card import ReportCardConfig
+from rlhf.feedback.shuffled import JudgingSource, ShuffledJudge
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import RewardSource
 from rlhf.rewards.config import RewardPart
@@ -126,6 +127,12 @@ async def evaluator(context: RunContext, config: ReportCardConfig) -> Fleet:
     return await context.fleet("evaluator", EvaluatorWorker, kwargs)
 
 
+def training_judge(context: RunContext, fleet: Fleet) -> JudgingSource:
+    """The judge that is learned from; in a null arm one whose verdicts are dealt out at random."""
+    judge = FleetJudge(fleet, "training", context.timings.add_tokens)
+    return ShuffledJudge(judge, context.config.seed) if context.config.shuffle_verdicts else judge
+
+
 async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> Mixture:
     """The weighted mixture of a stage's reward sources."""
     from actors.rules import RulesWorker
@@ -136,7 +143,7 @@ async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> Mix
         if part.source == "reward_model":
             sources.append(FleetScorer("reward_model", await scorer_fleet(context), meter))
         elif part.source == "judge":
-            sources.append(FleetJudge(await judge_fleet(context), "training", meter))
+            sources.append(training_judge(context, await judge_fleet(context)))
         else:
             kwargs = {"rules": part.rules, "store": await context.store()}
             sources.append(FleetScorer("rules", await context.fleet("rules", RulesWorker, kwargs), meter))

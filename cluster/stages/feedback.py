@@ -14,8 +14,7 @@ from rlhf.loops.label import LabelConfig
 
 if TYPE_CHECKING:
     from cluster.context import RunContext
-    from rlhf.protocols import Judge
-    from rlhf.types import GroupHandle, Verdict
+    from rlhf.types import Verdict
 
 
 class FeedbackStage(StrictModel):
@@ -35,8 +34,6 @@ class FeedbackStage(StrictModel):
     """Siblings per prompt and chunks."""
     ranking: RankingConfig = RankingConfig()
     """How verdicts become an order."""
-    shuffle_verdicts: bool = False
-    """A null arm: deals each prompt's verdicts out at random. What is learned from them must not improve anything."""
     measure_agreement: bool = False
     """Report how far the judge agrees with the independent scorer, on these rankings and on the reward stage's held-out
     ones."""
@@ -66,8 +63,8 @@ async def _from_file(context: RunContext, stage: FeedbackStage) -> dict[str, Any
 
 
 async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, Any]:
-    from actors.roles import FleetGenerator, FleetJudge
-    from cluster.fleets import generation_fleet, judge_fleet
+    from actors.roles import FleetGenerator
+    from cluster.fleets import generation_fleet, judge_fleet, training_judge
     from cluster.stages.agreement import judge_agreement
     from rlhf.feedback.rankings import ranking_from_verdicts
     from rlhf.loops.label import LabelRoles, label
@@ -79,11 +76,11 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
 
     prompts = context.prompts("train")[: stage.num_prompts or None]
     fleet = await generation_fleet(context, context.policy)
-    judge: Judge = FleetJudge(await judge_fleet(context), "training", context.timings.add_tokens)
+    judge = training_judge(context, await judge_fleet(context))
     recorder = await context.recorder()
     roles = LabelRoles(
         generator=FleetGenerator(fleet, context.timings.add_tokens),
-        judge=ShuffledJudge(judge, context.config.seed) if stage.shuffle_verdicts else judge,
+        judge=judge,
         recorder=recorder,
         gate=context.timed_gate(stage.name),
         rank=rank,
@@ -94,28 +91,3 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
     if stage.measure_agreement:
         results["judge_agreement"] = await judge_agreement(context)
     return results
-
-
-class ShuffledJudge:
-    """Deals the values of each prompt's verdicts out at random: what is learned from them must not improve anything."""
-
-    def __init__(self, judge: Judge, seed: int) -> None:
-        self._judge = judge
-        self._seed = seed
-
-    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
-        """The inner judge's verdicts with their values dealt out anew."""
-        import dataclasses
-        import random
-
-        shuffled = []
-        for verdicts in await self._judge.judge(groups):
-            values = [(verdict.value, verdict.error) for verdict in verdicts]
-            random.Random(f"{self._seed}/{verdicts[0].uid}").shuffle(values)
-            shuffled.append(
-                tuple(
-                    dataclasses.replace(verdict, value=value, error=error, reason=f"shuffled; was: {verdict.reason}")
-                    for verdict, (value, error) in zip(verdicts, values, strict=True)
-                )
-            )
-        return shuffled
