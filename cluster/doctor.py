@@ -23,6 +23,8 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from cluster.token import token_file
+
 GIB = 2**30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 LEFT_OUT = (*CUDA_ONLY, "llm", "llama-cpp-python")  # set-up installs without them on purpose
@@ -141,9 +143,10 @@ def _cgroup_memory_limit(total: int) -> int:
 
 
 def _token_mode() -> int | None:
+    path = token_file()
     try:
-        return (Path.home() / ".ray" / "auth_token").stat().st_mode & 0o777
-    except (OSError, RuntimeError):
+        return None if path is None else path.stat().st_mode & 0o777
+    except OSError:
         return None
 
 
