@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import PreferenceStage, RewardStage, SupervisedStage
 from cluster.stages.online import OnlineStage
-from cluster.topology import Resources, RolePlan
+from cluster.topology import SMALL_ROLES, Resources, RolePlan
 from rlhf.config import StrictModel, apply_overrides, load_file, validate
 from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
@@ -81,7 +82,7 @@ class RunConfig(StrictModel):
     roles: Roles = Roles()
     """How many of each role, where, with what."""
     recorder: Resources = Resources(cpus=0.1)
-    """What the recorder and the evaluator take."""
+    """What the recorder, the evaluator and the worker of the rules take, each."""
     gate: Literal["exclusive", "open"] = "exclusive"
     """``exclusive``: one role computes at a time, with all cores. ``open``: every role has devices of its own."""
     stages: list[Stage] = Field(min_length=1)
@@ -112,13 +113,15 @@ class RunConfig(StrictModel):
 
     def count(self, role: str) -> int:
         """Actors of a role at the start."""
-        return 1 if role in ("recorder", "evaluator", "rules") else self.roles.plan(role).count
+        return self.plan(role).count
 
-    def plans(self) -> list[RolePlan]:
-        """The bundles of every role that some stage needs."""
-        needed = sorted({role for stage in self.stages for role in roles_of(self, stage)})
-        plans = [RolePlan("recorder", 1, self.recorder.cpus, self.recorder.gpus, self.recorder.strategy)]
-        return plans + [self.roles.plan(role) for role in needed]
+    def plan(self, role: str, count: int | None = None) -> RolePlan:
+        """The bundles of a role; ``count`` takes the place of the configured number of actors."""
+        if role in SMALL_ROLES:
+            own = RolePlan(role, 1, self.recorder.cpus, self.recorder.gpus, self.recorder.strategy)
+        else:
+            own = self.roles.plan(role)
+        return own if count is None else dataclasses.replace(own, count=count)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -127,25 +130,29 @@ class RunConfig(StrictModel):
 
     def resources(self, role: str) -> Resources:
         """What one actor of a role takes."""
-        if role in ("recorder", "evaluator", "rules"):
+        if role in SMALL_ROLES:
             return self.recorder
         resources: Resources = getattr(self.roles, role).resources
         return resources
 
 
 def roles_of(config: RunConfig, stage: Stage) -> set[str]:
-    """The roles that a stage starts."""
+    """The roles that a stage places; an offline stage's learner ranks are placed by Ray Train."""
     match stage:
         case FeedbackStage():
-            return {"generation", "judge"} if stage.source == "judge" else set()
+            if stage.source == "file":
+                return {"recorder"}
+            return {"recorder", "generation", "judge"} | ({"evaluator"} if stage.measure_agreement else set())
         case OnlineStage():
-            sources = {"reward_model": "scorer", "judge": "judge"}
-            roles = {"generation", "learner"} | {sources[p.source] for p in stage.rewards if p.source in sources}
-            roles |= {"critic"} if stage.critic is not None else set()
-            return roles | ({"reference"} if stage.learner.model.adapter is None else set())
+            sources = {"reward_model": "scorer", "judge": "judge", "rules": "rules"}
+            roles = {"recorder", "generation", "learner"} | {sources[part.source] for part in stage.rewards}
+            penalised = max(stage.algorithm.policy.kl.coefficient, stage.algorithm.reward_kl.coefficient) > 0
+            roles |= {"critic"} if stage.algorithm.name == "ppo" else set()
+            return roles | ({"reference"} if penalised and stage.learner.model.adapter is None else set())
         case EvaluateStage():
             rewarded = any(isinstance(other, RewardStage) for other in config.stages)
-            return {"generation", "judge", "reference"} | ({"scorer"} if rewarded else set())
+            roles = {"recorder", "generation", "judge", "reference", "evaluator"}
+            return roles | ({"scorer"} if rewarded else set())
         case _:
             return {"learner"}
 

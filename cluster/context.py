@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,12 @@ from actors.recorder import RecorderWorker
 from actors.roles import RemoteRecorder
 from actors.settings import LearnerConfig
 from actors.store import RayStore
-from cluster.config import RunConfig
+from cluster.config import RunConfig, Stage
 from cluster.control import clear_stop, read_scale, request_stop
 from cluster.placement import RUN_MARK, Placer, connect, disconnect, free_nodes
+from cluster.planning import check_placement, stage_plans
 from cluster.roles import LearnerRole
-from cluster.topology import assign
+from cluster.topology import fits
 from rlhf.errors import RlhfError
 from rlhf.loops.gate import BudgetGate
 from rlhf.models.resolve import resolve_model
@@ -98,6 +99,8 @@ class RunContext:
     _fleets: dict[str, Fleet] = field(default_factory=dict)
     _placers: dict[str, Placer] = field(default_factory=dict)
     _recorder: RemoteRecorder | None = None
+    _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a role is placed, so that none is placed twice."""
 
     # Records
 
@@ -111,11 +114,13 @@ class RunContext:
 
     async def recorder(self) -> RemoteRecorder:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
-        if self._recorder is None:
-            placer = self._placers["recorder"] = Placer("recorder", self.config.recorder, 1, max_concurrency=4)
-            handle = placer.spawn(RecorderWorker, 0, {"run": self.run.root, "store": RayStore()})
-            self._recorder = RemoteRecorder(handle)
-            await self._recorder.call("ping")
+        async with self._placing:
+            if self._recorder is None:
+                placer = await Placer.reserved("recorder", self.config.recorder, 1, max_concurrency=4)
+                self._placers["recorder"] = placer
+                kwargs = {"run": self.run.root, "store": RayStore()}
+                self._recorder = RemoteRecorder(await asyncio.to_thread(placer.spawn, RecorderWorker, kwargs))
+                await self._recorder.call("ping")
         return self._recorder
 
     async def store(self) -> RayStore:
@@ -165,19 +170,36 @@ class RunContext:
 
     async def fleet(self, role: str, worker: type, kwargs: Mapping[str, Any]) -> Fleet:
         """The fleet of a role, started on first use with as many replicas as the config or ``rlhf scale`` says."""
-        if role in self._fleets:
-            return self._fleets[role]
-        count = self.config.count(role)
-        wanted = read_scale(self.run.root).get(role, count)
-        resources = self.config.resources(role)
-        placer = self._placers[role] = Placer(role, resources, wanted)
-        limits = FleetLimits(resources.start_timeout_s, resources.call_timeout_s, resources.max_restarts)
-        fleet = Fleet(role, lambda index: placer.spawn(worker, index, kwargs), placer.retire, self.event, limits)
-        self._fleets[role] = fleet
+        async with self._placing:
+            if role in self._fleets:
+                return self._fleets[role]
+            wanted = self._wanted(role)
+            resources = self.config.resources(role)
+            placer = self._placers[role] = await Placer.reserved(role, resources, wanted)
+            limits = FleetLimits(resources.start_timeout_s, resources.call_timeout_s, resources.max_restarts)
+            fleet = Fleet(role, lambda _: placer.spawn(worker, kwargs), placer.retire, self.event, limits)
+            self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):
                 await fleet.scale(wanted)
         return fleet
+
+    def _wanted(self, role: str) -> int:
+        return read_scale(self.run.root).get(role, self.config.count(role))
+
+    async def make_room(self, stage: Stage) -> None:
+        """Ends fleets of earlier stages that this one does not use, where it could not be placed beside them.
+
+        Otherwise they stay, as a later stage may use them and an engine takes long to start.
+        """
+        needed = [plan.role for plan in stage_plans(self.config, stage)]
+        unused = [role for role in self._fleets if role not in needed]
+        together = {role: self.config.plan(role, self._wanted(role)) for role in [*needed, *unused, "recorder"]}
+        if not unused or fits(list(together.values()), await asyncio.to_thread(free_nodes)):
+            return
+        self.event("released", stage=stage.name, roles=unused)
+        for role in unused:
+            await self.release(role)
 
     async def release(self, role: str) -> None:
         """Ends a role's fleet and gives its placement back; nothing happens where there is none."""
@@ -194,7 +216,7 @@ class RunContext:
     async def _gang(self, role: str, kwargs: Mapping[str, Any]) -> AsyncIterator[LearnerGang]:
         section: LearnerRole = getattr(self.config.roles, role)
         resources = section.resources
-        placer = Placer(role, resources, section.ranks)
+        placer = await Placer.reserved(role, resources, section.ranks)
         common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
         gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s)
         try:
@@ -206,7 +228,8 @@ class RunContext:
                     device="cuda" if resources.gpus else "cpu",
                 )
                 variables = {"DS_ACCELERATOR": self.accelerator}
-                gang.ranks.append(placer.spawn(LearnerWorker, rank, common | {"rank": info}, variables))
+                kwargs_of_rank = common | {"rank": info}
+                gang.ranks.append(await asyncio.to_thread(placer.spawn, LearnerWorker, kwargs_of_rank, variables))
             if section.ranks > 1:
                 address, port = (await gang.call("rendezvous"))[0]
                 await gang.call("join", lambda rank: (address, port))
@@ -242,17 +265,21 @@ class RunContext:
         """Ends every fleet and the recorder."""
         for role in list(self._fleets):
             await self.release(role)
-        if self._recorder is not None:
-            self._placers.pop("recorder").close()
+        for placer in self._placers.values():  # the recorder's
+            placer.close()
         self.metrics.close()
         self.timings.write()
 
 
 @contextlib.asynccontextmanager
 async def open_context(
-    config: RunConfig, run: RunDirectory, inputs: Mapping[str, list[Prompt]]
+    config: RunConfig, run: RunDirectory, inputs: Mapping[str, list[Prompt]], stages: Sequence[Stage]
 ) -> AsyncIterator[RunContext]:
-    """Joins or starts the cluster, checks by arithmetic that the roles fit, and ends everything at the block's end."""
+    """Joins or starts the cluster, checks by arithmetic that the stages fit, and ends everything at the block's end.
+
+    Raises:
+        PlacementError: A stage does not fit; nothing was placed.
+    """
     clear_stop(run.root)
     object_store = config.ray.object_store_gib
     connect(
@@ -261,7 +288,7 @@ async def open_context(
         object_store_bytes=None if object_store is None else int(object_store * 2**30),
     )
     try:
-        assign(config.plans(), free_nodes())
+        check_placement(config, stages, free_nodes())
         start = Policy(resolve_model(config.model), 0)
         context = RunContext(
             config=config,

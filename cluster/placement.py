@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import threading
@@ -13,33 +14,49 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
+from cluster.watchdog import CLUSTER_MARK, Watchdog
 from rlhf.errors import PlacementError
 
 RUN_MARK = "RLHF_RUN_MARKER"
 """Environment variable that every process of a run carries, engines' children included."""
 
+_watchdogs: list[Watchdog] = []
+"""Of the private cluster that this process has started."""
+
 
 def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: int | None) -> None:
     """Joins the cluster at ``address``, or starts a private one on this machine when it is None.
 
-    A private cluster cleans up the children of killed workers (an engine's processes would outlive it otherwise).
+    A private cluster cleans up the children of killed workers (an engine's processes would outlive it otherwise), and a
+    watchdog ends it with a driver that is killed. In a cluster that is joined, all workers of this run are told its
+    mark, those that Ray Train starts included. Ray's token is made readable by this user alone.
     """
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault(RUN_MARK, secrets.token_hex(8))
+    mark = os.environ.setdefault(RUN_MARK, secrets.token_hex(8))
     options: dict[str, Any] = {"log_to_driver": False, "namespace": "rlhf", "configure_logging": False}
     if address is None:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
-        ray.init(**options)
+        os.environ[CLUSTER_MARK] = secrets.token_hex(8)
+        _watchdogs.append(Watchdog(os.environ[CLUSTER_MARK]))
     else:
-        ray.init(address=address, **options)
+        options |= {"address": address, "runtime_env": {"env_vars": {RUN_MARK: mark}}}
+    protect_token()
+    try:
+        ray.init(**options)
+    finally:
+        protect_token()  # Ray may just have written it
 
 
 def disconnect() -> None:
     """Leaves the cluster; a private one ends with its processes."""
     ray.shutdown()
+    while _watchdogs:
+        _watchdogs.pop().dismiss()
+    os.environ.pop(CLUSTER_MARK, None)
 
 
 def free_nodes() -> list[NodeCapacity]:
@@ -54,7 +71,8 @@ def free_nodes() -> list[NodeCapacity]:
 class Placer:
     """Places the actors of one role: one placement group for the first of them, one more for each that joins later.
 
-    ``spawn`` may be called from several threads, as it waits for room; ``close`` ends such a wait.
+    ``reserve`` and ``spawn`` wait for room, so they are called in threads (``Placer.reserved`` does so); several may
+    be at it at once. ``close`` ends such waits, and from then on nothing is placed any more.
 
     Args:
         role: Name in errors.
@@ -66,22 +84,53 @@ class Placer:
 
     def __init__(self, role: str, resources: Resources, count: int, *, max_concurrency: int | None = None) -> None:
         self._role = role
+        self._count = count
         self._max_concurrency = max_concurrency
         self._resources = resources
         self._bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._first = self._reserve(count) if count else None
-        self._free: list[tuple[Any, int]] = [(self._first, bundle) for bundle in range(count)]
-        self._taken: dict[Any, tuple[Any, int]] = {}
+        self._groups: list[PlacementGroup] = []
+        self._first: PlacementGroup | None = None
+        self._free: list[tuple[PlacementGroup, int]] = []
+        self._taken: dict[Any, tuple[PlacementGroup, int]] = {}
+
+    @classmethod
+    async def reserved(
+        cls, role: str, resources: Resources, count: int, *, max_concurrency: int | None = None
+    ) -> Placer:
+        """A placer whose first group is reserved; the event loop goes on meanwhile, and a cancelled wait keeps nothing.
+
+        Raises:
+            PlacementError: There was no room within the role's ``start_timeout_s``.
+        """
+        placer = cls(role, resources, count, max_concurrency=max_concurrency)
+        done = False
+        try:
+            await asyncio.to_thread(placer.reserve)
+            done = True
+        finally:
+            if not done:
+                placer.close()
+        return placer
+
+    def reserve(self) -> None:
+        """Waits for room for the first group; ``PlacementError`` where there is none in time."""
+        if self._count:
+            group = self._reserve(self._count)
+            with self._lock:
+                self._first = group
+                self._free = [(group, bundle) for bundle in range(self._count)]
 
     def _reserve(self, count: int) -> PlacementGroup:
         group = placement_group([dict(self._bundle) for _ in range(count)], strategy=self._resources.strategy)
         deadline = time.monotonic() + self._resources.start_timeout_s
         while not self._closed.is_set() and (left := deadline - time.monotonic()) > 0:
             if group.wait(min(left, 1.0)):
-                if self._closed.is_set():
-                    break  # what the closing itself gave back made the room
+                with self._lock:
+                    if self._closed.is_set():
+                        break  # what the closing itself gave back made the room
+                    self._groups.append(group)
                 return group
         remove_placement_group(group)
         raise PlacementError(
@@ -91,8 +140,12 @@ class Placer:
             action="Free the cluster, lower the role's size, or raise its start_timeout_s.",
         )
 
-    def spawn(self, worker: type, index: int, kwargs: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
-        """Creates one actor of the role from a plain class and returns its handle without waiting for its start."""
+    def spawn(self, worker: type, kwargs: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
+        """Creates one actor of the role from a plain class and returns its handle without waiting for its start.
+
+        Raises:
+            PlacementError: The actor needs a place of its own and there was no room in time.
+        """
         with self._lock:
             kept = self._free.pop(0) if self._free else None
         slot = kept or (self._reserve(1), 0)
@@ -111,23 +164,29 @@ class Placer:
             )
             .remote(**kwargs)
         )
-        self._taken[handle] = slot
+        with self._lock:
+            self._taken[handle] = slot
         return handle
 
     def retire(self, handle: Any) -> None:
         """Gives the place of an ended actor back: to the next one of the role, or to the cluster if it had joined."""
-        slot = self._taken.pop(handle, None)
-        if slot is None:
-            return
-        if slot[0] is self._first:
-            self._free.append(slot)
-        else:
-            remove_placement_group(slot[0])
+        with self._lock:
+            slot = self._taken.pop(handle, None)
+            if slot is None:
+                return
+            if slot[0] is self._first:
+                self._free.append(slot)
+                return
+            if slot[0] not in self._groups:
+                return  # closed meanwhile
+            self._groups.remove(slot[0])
+        remove_placement_group(slot[0])
 
     def close(self) -> None:
-        """Removes all placement groups of the role, and with them what still runs there."""
+        """Removes all placement groups of the role, and with them what still runs or is being created there."""
         self._closed.set()
-        groups = {id(slot[0]): slot[0] for slot in [*self._taken.values(), *self._free]}
-        for group in groups.values():
+        with self._lock:
+            groups, self._groups = self._groups, []
+            self._taken, self._free = {}, []
+        for group in groups:
             remove_placement_group(group)
-        self._taken, self._free = {}, []

@@ -1,18 +1,52 @@
-"""``rlhf plan``: what a recipe would place, and whether it fits on this machine or a given one."""
+"""``rlhf plan``: what each stage of a recipe places, and whether it fits on this machine or a given cluster."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config import RunConfig, roles_of
-from cluster.topology import NodeCapacity, assign
+from cluster.config import RunConfig, Stage, roles_of
+from cluster.topology import NodeCapacity, RolePlan, assign
+from rlhf.errors import PlacementError
 
 
 def local_node() -> NodeCapacity:
     """This machine's cores and GPUs, without importing torch or starting Ray."""
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
     return NodeCapacity("this machine", float(os.cpu_count() or 1), float(gpus))
+
+
+def stage_plans(config: RunConfig, stage: Stage) -> list[RolePlan]:
+    """The bundles that one stage places, by role."""
+    return [config.plan(role) for role in sorted(roles_of(config, stage))]
+
+
+def check_placement(config: RunConfig, stages: Sequence[Stage], nodes: Sequence[NodeCapacity]) -> dict[str, int]:
+    """Checks by arithmetic that every stage fits; fleets that a stage does not use make room for it.
+
+    The recorder stays from the first stage that needs it to the end, as it owns what roles put into the object store.
+
+    Returns:
+        Actors that are placed at the same time, by stage.
+
+    Raises:
+        PlacementError: A stage does not fit; names stage and role.
+    """
+    placed: dict[str, int] = {}
+    recorder: set[str] = set()
+    for stage in stages:
+        roles = roles_of(config, stage)
+        recorder |= roles & {"recorder"}
+        plans = [config.plan(role) for role in sorted(roles | recorder)]
+        try:
+            assign(plans, nodes)
+        except PlacementError as error:
+            raise PlacementError(
+                f"stage {stage.name}, {error.where}", found=error.found, needed=error.needed, action=error.action
+            ) from None
+        placed[stage.name] = sum(plan.count for plan in plans)
+    return placed
 
 
 def print_plan(config: RunConfig) -> int:
@@ -22,19 +56,21 @@ def print_plan(config: RunConfig) -> int:
         node = NodeCapacity(node.name, config.ray.num_cpus, node.gpus)
     print(f"{config.name}: model {config.model}, run directory {config.directory}")
     print(f"\n{'role':<12}{'actors':>7}{'CPUs each':>11}{'GPUs each':>11}{'threads':>9}  strategy")
-    for plan in config.plans():
-        threads = config.resources(plan.role).threads
+    for role in sorted(set().union(*(roles_of(config, stage) for stage in config.stages))):
+        plan, threads = config.plan(role), config.resources(role).threads
         print(
             f"{plan.role:<12}{plan.count:>7}{plan.cpus:>11g}{plan.gpus:>11g}"
             f"{threads if threads else 'all':>9}  {plan.strategy}"
         )
-    print("\nstages")
+    print("\nstages, and what each holds at the same time")
     for stage in config.stages:
-        print(f"  {stage.name:<14}{stage.kind:<12}{', '.join(sorted(roles_of(config, stage))) or 'no roles'}")
+        print(f"  {stage.name:<14}{stage.kind:<12}{', '.join(sorted(roles_of(config, stage)))}")
     if config.ray.address is not None:
         print(f"\nThe cluster at {config.ray.address} is checked when the run starts.")
         return 0
-    placed = assign(config.plans(), [node])
-    num_actors = sum(len(nodes) for nodes in placed.values())
-    print(f"\nfits: {num_actors} actors on {node.name} ({node.cpus:g} CPUs, {node.gpus:g} GPUs)")
+    placed = check_placement(config, config.stages, [node])
+    print(
+        f"\nfits: at most {max(placed.values())} actors at a time on {node.name} "
+        f"({node.cpus:g} CPUs, {node.gpus:g} GPUs)"
+    )
     return 0

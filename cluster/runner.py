@@ -15,6 +15,9 @@ from rlhf.errors import ConfigError
 if TYPE_CHECKING:
     from cluster.context import RunContext
 
+Runner = Callable[[Any, Any], Awaitable[dict[str, Any]]]
+"""Does one stage, given the context and the stage's section, and returns its results."""
+
 
 def run(config: RunConfig, *, only: str | None = None) -> int:
     """Runs all stages that are not complete, or one by name, and returns the exit code.
@@ -52,7 +55,7 @@ async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts
 
     received: list[int] = []
     done: list[bool] = []
-    async with open_context(config, directory, prompts) as context:
+    async with open_context(config, directory, prompts, stages) as context:
         main = asyncio.current_task()
 
         def on_signal(number: int) -> None:
@@ -84,7 +87,7 @@ async def _run_stage(context: RunContext, stage: Stage) -> None:
     runner = _runner(stage)
     print(f"stage {stage.name}", file=sys.stderr, flush=True)
     context.event("stage_started", stage=stage.name)
-    work = asyncio.ensure_future(runner(context, stage))
+    work = asyncio.ensure_future(_in_its_place(runner, context, stage))
     stop = asyncio.ensure_future(context.stopping.wait())
     saves_itself = stage.kind in ("rl", "sft", "reward", "preference")
     waited = {work} if saves_itself else {work, stop}
@@ -106,13 +109,18 @@ async def _run_stage(context: RunContext, stage: Stage) -> None:
         context.policy = Policy(context.run.root / results["policy"], results["version"])
 
 
-def _runner(stage: Stage) -> Callable[[Any, Any], Awaitable[dict[str, Any]]]:
+async def _in_its_place(runner: Runner, context: RunContext, stage: Stage) -> dict[str, Any]:
+    await context.make_room(stage)
+    return await runner(context, stage)
+
+
+def _runner(stage: Stage) -> Runner:
     from cluster.stages.evaluate import run_evaluate
     from cluster.stages.feedback import run_feedback
     from cluster.stages.offline import run_offline
     from cluster.stages.online import run_online
 
-    runners: dict[str, Callable[[Any, Any], Awaitable[dict[str, Any]]]] = {
+    runners: dict[str, Runner] = {
         "feedback": run_feedback,
         "reward": run_offline,
         "sft": run_offline,

@@ -11,6 +11,9 @@ from pydantic import Field
 from rlhf.config import StrictModel
 from rlhf.errors import PlacementError
 
+SMALL_ROLES = ("recorder", "evaluator", "rules")
+"""Roles of one actor each that share one section of the recipe, ``recorder``."""
+
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
@@ -78,6 +81,15 @@ def assign(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> dict[str
     return placed
 
 
+def fits(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> bool:
+    """Whether ``assign`` finds a place for every actor."""
+    try:
+        assign(plans, nodes)
+    except PlacementError:
+        return False
+    return True
+
+
 def _together(plan: RolePlan) -> int:
     """Actors that have to share one node."""
     return plan.count if plan.strategy == "STRICT_PACK" else 1
@@ -99,8 +111,9 @@ def _shortfall(plan: RolePlan, placed: int, free: Mapping[str, Sequence[float]])
     most = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if plan.gpus else "")
     needed += " on one node for " + (f"all {plan.count} actors" if num > 1 else "each actor")
     needed += " on a node of its own" if plan.strategy == "STRICT_SPREAD" else ""
-    section = plan.role if plan.role == "recorder" else f"roles.{plan.role}"
-    action = f"Lower what one actor takes ({section}.{'' if plan.role == 'recorder' else 'resources.'}cpus, .gpus)"
+    section = "recorder" if plan.role in SMALL_ROLES else f"roles.{plan.role}"
+    resources = section if plan.role in SMALL_ROLES else f"{section}.resources"
+    action = f"Lower what one actor takes ({resources}.cpus, .gpus)"
     if placed:
         option = "ranks" if plan.role in ("learner", "critic") else "replicas"
         action = f"Set {section}.{option}={placed}"

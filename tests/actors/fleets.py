@@ -128,11 +128,12 @@ class EchoFleet:
     def __post_init__(self) -> None:
         resources = Resources(cpus=0.1, threads=1, start_timeout_s=30.0)
         self.placer = Placer("echo", resources, self.size)
+        self.placer.reserve()
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.fleet = Fleet("echo", self._spawn, self.placer.retire, self._event, self.limits)
 
     def _spawn(self, index: int) -> Any:
-        return self.placer.spawn(self.worker, index, {"index": index, "fault": self.faults.get(index)})
+        return self.placer.spawn(self.worker, {"index": index, "fault": self.faults.get(index)})
 
     def _event(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))

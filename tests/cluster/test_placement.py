@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -38,6 +39,12 @@ class Worker:
         return subprocess.Popen(["sleep", "1000"]).pid
 
 
+def placed(role: str, resources: Resources, count: int) -> Placer:
+    placer = Placer(role, resources, count)
+    placer.reserve()
+    return placer
+
+
 def free_cpus() -> float:
     import ray
 
@@ -62,9 +69,9 @@ def cluster(ray_cluster):
 def test_actors_take_reserved_places_and_a_retired_place_is_used_again() -> None:
     import ray
 
-    placer = Placer("judge", Resources(cpus=0.5, threads=3), 2)
+    placer = placed("judge", Resources(cpus=0.5, threads=3), 2)
     assert free_cpus() == 3.0, "reserved before anything runs"
-    first, second = (placer.spawn(Worker, index, {}, {"EXTRA": "x"}) for index in range(2))
+    first, second = (placer.spawn(Worker, {}, {"EXTRA": "x"}) for _ in range(2))
     about = ray.get([first.about.remote(), second.about.remote()], timeout=30)
     assert {a["group"] for a in about} == {about[0]["group"]}
     assert about[0]["cpus"] == 0.5
@@ -73,11 +80,11 @@ def test_actors_take_reserved_places_and_a_retired_place_is_used_again() -> None
     ray.kill(first)
     placer.retire(first)
     placer.retire(first)  # once more does no harm
-    third = placer.spawn(Worker, 2, {})
+    third = placer.spawn(Worker, {})
     assert ray.get(third.about.remote(), timeout=30)["group"] == about[0]["group"]
     assert free_cpus() == 3.0
 
-    joined = placer.spawn(Worker, 3, {})
+    joined = placer.spawn(Worker, {})
     assert ray.get(joined.about.remote(), timeout=30)["group"] != about[0]["group"]
     assert free_cpus() == 2.5
     ray.kill(joined)
@@ -93,14 +100,14 @@ def test_actors_take_reserved_places_and_a_retired_place_is_used_again() -> None
 def test_what_does_not_fit_says_so_within_its_bound_and_keeps_nothing() -> None:
     began = time.monotonic()
     with pytest.raises(PlacementError, match="role scorer") as caught:
-        Placer("scorer", Resources(cpus=3, start_timeout_s=1.0), 2)
+        placed("scorer", Resources(cpus=3, start_timeout_s=1.0), 2)
     assert time.monotonic() - began < 5
     assert caught.value.exit_code == 3
 
-    placer = Placer("scorer", Resources(cpus=3, start_timeout_s=1.0), 1)
-    placer.spawn(Worker, 0, {})
+    placer = placed("scorer", Resources(cpus=3, start_timeout_s=1.0), 1)
+    placer.spawn(Worker, {})
     with pytest.raises(PlacementError):
-        placer.spawn(Worker, 1, {})
+        placer.spawn(Worker, {})
     placer.close()
 
 
@@ -108,13 +115,13 @@ def test_what_does_not_fit_says_so_within_its_bound_and_keeps_nothing() -> None:
 def test_closing_ends_a_wait_for_room() -> None:
     import threading
 
-    placer = Placer("scorer", Resources(cpus=3, start_timeout_s=60.0), 1)
-    placer.spawn(Worker, 0, {})
+    placer = placed("scorer", Resources(cpus=3, start_timeout_s=60.0), 1)
+    placer.spawn(Worker, {})
     errors: list[Exception] = []
 
     def join() -> None:
         try:
-            placer.spawn(Worker, 1, {})
+            placer.spawn(Worker, {})
         except PlacementError as error:
             errors.append(error)
 
@@ -128,11 +135,61 @@ def test_closing_ends_a_wait_for_room() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+def test_waiting_for_room_holds_nothing_up_and_a_cancelled_wait_keeps_nothing() -> None:
+    async def run() -> int:
+        holder = await Placer.reserved("scorer", Resources(cpus=3), 1)
+        waiting = asyncio.create_task(Placer.reserved("judge", Resources(cpus=3, start_timeout_s=60.0), 1))
+        turns = 0
+        while turns < 20:  # signals, control and other fleets have the loop to themselves meanwhile
+            await asyncio.sleep(0.01)
+            turns += not waiting.done()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        holder.close()
+        return turns
+
+    assert asyncio.run(run()) == 20  # ends only once the waiting thread has
+
+
+JOINING_DRIVER = """
+import os, sys
+import ray
+from cluster.placement import Placer, connect, disconnect
+from cluster.topology import Resources
+from rlhf.runs.memory import run_processes
+from tests.cluster.test_placement import Worker
+
+connect(sys.argv[1], num_cpus=None, object_store_bytes=None)
+placer = Placer("judge", Resources(cpus=0.5), 1)
+placer.reserve()
+actor = ray.get(placer.spawn(Worker, {}).about.remote(), timeout=60)["pid"]
+rank = ray.get(ray.remote(num_cpus=0.5)(os.getpid).remote(), timeout=60)  # placed by somebody else, as Ray Train does
+found = run_processes(os.getpid(), os.environ["RLHF_RUN_MARKER"])
+assert {actor, rank} <= found, (actor, rank, found)
+assert os.getppid() not in found, "the process that started the cluster is not of this run"
+placer.close()
+disconnect()
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_of_a_cluster_that_was_joined_carry_the_mark_of_the_run() -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environment = os.environ | {"RLHF_RUN_MARKER": "joining-test"}
+    command = [sys.executable, "-c", JOINING_DRIVER, address]
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_leaves_no_child_behind() -> None:
     import ray
 
-    placer = Placer("generation", Resources(cpus=0.5), 1)
-    worker = placer.spawn(Worker, 0, {})
+    placer = placed("generation", Resources(cpus=0.5), 1)
+    worker = placer.spawn(Worker, {})
     pid = ray.get(worker.about.remote(), timeout=30)["pid"]
     child = ray.get(worker.spawn_child.remote(), timeout=30)
     assert Path(f"/proc/{child}").exists()
@@ -165,7 +222,8 @@ def test_a_private_cluster_ends_with_its_driver() -> None:
         (node,) = free_nodes()
         assert (node.cpus, node.gpus) == (2.0, 0.0), node
         placer = Placer("judge", Resources(cpus=0.5), 1)
-        worker = placer.spawn(Worker, 0, {})
+        placer.reserve()
+        worker = placer.spawn(Worker, {})
         ray.get(worker.spawn_child.remote())
         disconnect()
         """
@@ -187,3 +245,29 @@ def _marked(mark: str) -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+KILLED_DRIVER = """
+import os, time
+from cluster.placement import connect
+connect(None, num_cpus=1, object_store_bytes=100 * 2**20)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_driver_takes_its_private_cluster_along_in_seconds() -> None:
+    """Ray's own agents too: by themselves they would try for a minute to reach the control store that died."""
+    import psutil
+
+    driver = subprocess.Popen([sys.executable, "-c", KILLED_DRIVER], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    try:
+        assert driver.stdout.readline() == "ready\n"
+        started = psutil.Process(driver.pid).children(recursive=True)
+        assert started
+    finally:
+        driver.kill()
+        driver.wait(10)
+    _, left = psutil.wait_procs(started, timeout=40)
+    assert [process.name() for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
