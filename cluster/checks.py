@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cluster.config import RunConfig
+from cluster.config import RunConfig, Stage, roles_of
+from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
-from cluster.stages.offline import SupervisedStage
+from cluster.stages.offline import RewardStage, SupervisedStage
+from cluster.stages.online import OnlineStage
 from rlhf.data.prompts import load_prompts
+from rlhf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from rlhf.evaluation.report_card import ReportCardConfig
+    from rlhf.feedback.constitution import Constitution
     from rlhf.types import Prompt
 
 
@@ -31,21 +37,16 @@ class CheckedInputs:
 
 
 def check_inputs(config: RunConfig) -> CheckedInputs:
-    """Reads all data with the start model's tokenizer and every constitution.
+    """Reads all data with the tokenizer of the model that learns from it, every constitution, and finds all models.
 
     Raises:
-        ConfigError: A model or constitution cannot be used.
+        ConfigError: A model or constitution cannot be used, or not as the stages would use it.
         DataError: A data file cannot be used; names file and line.
     """
-    from rlhf.feedback.constitution import Constitution, load_constitution
+    from rlhf.data.formats import read_rows
+    from rlhf.models.load import load_tokenizer
 
-    files: dict[str, Path] = {}
-    constitutions: dict[str, Constitution] = {}
-    for name in ("training", "evaluation"):
-        path: Path | None = getattr(config.constitutions, name)
-        if path is not None:
-            constitutions[name] = load_constitution(path)
-            files[f"constitutions.{name}"] = path
+    constitutions, files = _load_constitutions(config)
     sections = {
         name: section
         for name in ("train", "validation", "evaluation")
@@ -55,26 +56,171 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     for stage in config.stages:
         if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
             files[f"stages.{stage.name}"] = Path(stage.data.path)
-
-    from rlhf.data.formats import read_rows
-    from rlhf.data.preferences import load_people_feedback
-    from rlhf.data.supervised import load_supervised
-    from rlhf.models.load import load_tokenizer
-    from rlhf.models.resolve import resolve_model
-
     for key, path in files.items():
         if key.startswith(("data.", "stages.")):
             read_rows(str(path))  # the file's own faults come before the model is looked for
-    model = resolve_model(config.model)
+    folders = _resolve_models(config)
+    model = folders["model"]
+    _check_contexts(config, folders)
     tokenizer = load_tokenizer(str(model))
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
-    for stage in config.stages:
-        if isinstance(stage, FeedbackStage) and stage.data is not None:
-            load_people_feedback(stage.data, tokenizer, config.max_sequence_tokens)
-        if isinstance(stage, SupervisedStage) and stage.data is not None:
-            load_supervised(stage.data, tokenizer, config.max_sequence_tokens)
+    _check_stage_data(config, tokenizer, folders)
     for name, purposes in {"training": ("train", "validation"), "evaluation": ("evaluation",)}.items():
         for purpose in purposes if name in constitutions else ():
             for prompt in prompts.get(purpose, []):
                 constitutions[name].sign_of(prompt)
+    for stage in config.stages:
+        _check_judging(stage, constitutions)
+        _check_grading(stage, prompts)
     return CheckedInputs(prompts, files, model)
+
+
+def _load_constitutions(config: RunConfig) -> tuple[dict[str, Constitution], dict[str, Path]]:
+    from rlhf.feedback.constitution import load_constitution
+
+    paths = {name: getattr(config.constitutions, name) for name in ("training", "evaluation")}
+    given: dict[str, Path] = {name: path for name, path in paths.items() if path is not None}
+    constitutions = {name: load_constitution(path) for name, path in given.items()}
+    return constitutions, {f"constitutions.{name}": path for name, path in given.items()}
+
+
+# Models
+
+
+def named_models(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every model that the recipe names and the run loads, by config key; not what an earlier stage writes."""
+    yield "model", config.model
+    judged = any("judge" in roles_of(config, stage) for stage in config.stages)
+    if judged and config.roles.judge.endpoint is None and config.roles.judge.model is not None:
+        yield "roles.judge.model", config.roles.judge.model
+    written: set[Path] = set()
+    for index, stage in enumerate(config.stages):
+        for part in ("learner", "critic"):
+            learner = getattr(stage, part, None)
+            reference = learner.model.path if learner is not None else ""
+            if reference and Path(reference).expanduser().resolve() not in written:
+                yield f"stages.{index}.{part}.model.path", reference
+        written |= {config.directory.resolve() / folder for folder in _written_by(stage)}
+
+
+def _written_by(stage: Stage) -> tuple[str, ...]:
+    """Folders of the run directory that hold a model once the stage is done."""
+    if isinstance(stage, FeedbackStage | EvaluateStage):
+        return ()
+    if isinstance(stage, RewardStage):
+        return ("reward_model",)
+    return ("policy",) if isinstance(stage, OnlineStage) else (f"{stage.name}/policy",)
+
+
+def _resolve_models(config: RunConfig) -> dict[str, Path]:
+    """The local folder of every named model by config key."""
+    from rlhf.models.resolve import resolve_model
+
+    found: dict[str, Path] = {}
+    for key, reference in named_models(config):
+        try:
+            found[key] = resolve_model(reference)
+        except ConfigError as error:
+            raise ConfigError(
+                key, found=f"{error.where}: {error.found}", needed=error.needed, action=error.action
+            ) from None
+    return found
+
+
+def _check_contexts(config: RunConfig, folders: Mapping[str, Path]) -> None:
+    """An engine's context must not be longer than its model's, where the model's is a plain number."""
+    from rlhf.runs.files import read_json
+
+    roles = config.roles
+    engines = {"generation": (roles.generation.engine, folders["model"])}
+    if roles.judge.endpoint is None:
+        engines["judge"] = (roles.judge.engine, folders.get("roles.judge.model", folders["model"]))
+    used = set().union(*(roles_of(config, stage) for stage in config.stages))
+    for role, (engine, folder) in engines.items():
+        settings = read_json(folder / "config.json")
+        longest = settings.get("max_position_embeddings")
+        scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+        is_plain = isinstance(longest, int) and scaling.get("rope_type", "default") == "default"
+        if role in used and is_plain and engine.max_model_len > longest:
+            raise ConfigError(
+                f"roles.{role}.engine.max_model_len",
+                found=f"{engine.max_model_len}",
+                needed=f"at most {longest}, the context of {folder}",
+                action="Lower it, and max_sequence_tokens with it.",
+            )
+
+
+# Data and constitutions, stage by stage
+
+
+def _check_stage_data(config: RunConfig, tokenizer: Any, folders: Mapping[str, Path]) -> None:
+    """Reads the stages' own files as the stages will, and checks that every rank gets something of each batch."""
+    from rlhf.data.groups import split_held_out
+    from rlhf.data.preferences import load_people_feedback
+    from rlhf.data.supervised import load_supervised
+    from rlhf.loops.offline import check_batches
+    from rlhf.models.load import load_tokenizer
+
+    for index, stage in enumerate(config.stages):
+        if isinstance(stage, FeedbackStage) and stage.data is not None:
+            load_people_feedback(stage.data, tokenizer, config.max_sequence_tokens)
+        if isinstance(stage, SupervisedStage) and stage.data is not None:
+            own = folders.get(f"stages.{index}.learner.model.path")
+            reader = tokenizer if own is None else load_tokenizer(str(own))
+            groups = load_supervised(stage.data, reader, config.max_sequence_tokens)
+            if len(groups) < 2:
+                raise DataError(
+                    stage.data.path, found="1 record", needed="at least 2 to learn from", action="Add records."
+                )
+            train, _ = split_held_out(groups, stage.held_out_fraction, seed=config.seed)
+            check_batches(len(train), stage.loop, config.roles.learner.ranks, f"stages.{index}.loop")
+
+
+def _check_judging(stage: Stage, constitutions: Mapping[str, Constitution]) -> None:
+    """A pairwise judge compares siblings, so there have to be two; agreement is measured of pointwise verdicts."""
+    pairwise = {name for name, constitution in constitutions.items() if constitution.config.mode == "pairwise"}
+    found = ""
+    if isinstance(stage, FeedbackStage) and stage.measure_agreement and "training" in pairwise:
+        found, action = "measure_agreement with a pairwise constitution", "Set measure_agreement: false."
+    if isinstance(stage, EvaluateStage) and stage.num_samples < 2 and "evaluation" in pairwise:
+        found, action = "num_samples: 1 with a pairwise constitution", "Raise num_samples to 2 or more."
+    if isinstance(stage, OnlineStage) and "training" in pairwise and any(p.source == "judge" for p in stage.rewards):
+        if stage.loop.num_samples < 2:
+            found, action = "loop.num_samples: 1 with a pairwise constitution", "Raise loop.num_samples to 2 or more."
+        elif stage.loop.evaluate_every:
+            found = "loop.evaluate_every, whose one sample a prompt a pairwise constitution cannot judge"
+            action = "Set loop.evaluate_every: 0."
+    if found:
+        raise ConfigError(
+            f"stage {stage.name}",
+            found=found,
+            needed="a pointwise constitution, or two samples to compare",
+            action=action,
+        )
+
+
+def _check_grading(stage: Stage, prompts: Mapping[str, list[Prompt]]) -> None:
+    """The independent scorer is there, and every prompt that it will see says what was asked for."""
+    from rlhf.evaluation.independent import VaderScorer
+    from rlhf.evaluation.report_card import ReportCardConfig
+
+    if isinstance(stage, EvaluateStage):
+        _check_requests(stage.name, prompts["evaluation"], stage.report_card)
+    elif isinstance(stage, FeedbackStage) and stage.measure_agreement and stage.source == "judge":
+        _check_requests(stage.name, prompts["train"][: stage.num_prompts or None], ReportCardConfig())
+    else:
+        return
+    VaderScorer()
+
+
+def _check_requests(stage: str, prompts: list[Prompt], card: ReportCardConfig) -> None:
+    signs = card.independent.request_signs
+    for prompt in prompts:
+        value = prompt.fields.get(card.slice_field)
+        if value not in signs:
+            raise DataError(
+                f"stage {stage}, prompt {prompt.uid}",
+                found=f"no field {card.slice_field!r}" if value is None else f"{card.slice_field} = {value!r}",
+                needed=f"{card.slice_field} in {sorted(signs)}",
+                action="Mend the row, or set report_card.slice_field and independent.request_signs of an evaluation.",
+            )

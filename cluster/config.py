@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,6 +104,8 @@ class RunConfig(StrictModel):
             raise ValueError("roles.generation.engine.max_model_len at least max_sequence_tokens")
         for stage in self.stages:
             _check_stage(self, stage)
+            _check_batch(self, stage)
+        _check_order(self.stages)
         return self
 
     @property
@@ -171,8 +173,6 @@ def _check_stage(config: RunConfig, stage: Stage) -> None:
             "constitutions.training (for the judge's reward)": judged and not config.constitutions.training,
             "critic (the algorithm has one)": stage.algorithm.name == "ppo" and stage.critic is None,
         }
-        if stage.loop.prompts_per_step < config.roles.learner.ranks:
-            raise ValueError(f"stage {stage.name}: loop.prompts_per_step at least roles.learner.ranks")
         if stage.algorithm.name in ("grpo", "rloo") and stage.loop.num_samples < 2:
             raise ValueError(f"stage {stage.name}: loop.num_samples of at least 2 for {stage.algorithm.name}")
     if isinstance(stage, EvaluateStage):
@@ -183,6 +183,39 @@ def _check_stage(config: RunConfig, stage: Stage) -> None:
     missing = [key for key, is_missing in needs.items() if is_missing]
     if missing:
         raise ValueError(f"stage {stage.name} needs {missing[0]}")
+
+
+def _check_batch(config: RunConfig, stage: Stage) -> None:
+    """Every rank has to get something of every batch."""
+    ranks = config.roles.learner.ranks
+    if isinstance(stage, OnlineStage):
+        parts = stage.algorithm.num_mini_batches
+        for role in ("learner", "critic") if stage.algorithm.name == "ppo" else ("learner",):
+            ranks = config.plan(role).count
+            if stage.loop.prompts_per_step < ranks * parts:
+                needed = f"roles.{role}.ranks ({ranks}) times algorithm.num_mini_batches ({parts})"
+                raise ValueError(f"stage {stage.name}: loop.prompts_per_step of at least {needed}")
+    elif isinstance(stage, RewardStage | SupervisedStage | PreferenceStage) and stage.loop.groups_per_step < ranks:
+        raise ValueError(f"stage {stage.name}: loop.groups_per_step of at least roles.learner.ranks ({ranks})")
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """What a stage learns from has to come from a stage before it."""
+    ranked = judged = rewarded = False
+    for stage in stages:
+        needed = ""
+        if isinstance(stage, FeedbackStage):
+            ranked, judged = True, judged or stage.source == "judge"
+        elif isinstance(stage, RewardStage | PreferenceStage) and not ranked:
+            needed = "a feedback stage before it"
+        elif isinstance(stage, SupervisedStage) and stage.source == "feedback" and not judged:
+            needed = "a feedback stage with source: judge before it"
+        elif isinstance(stage, OnlineStage) and not rewarded:
+            learned = any(part.source == "reward_model" for part in stage.rewards)
+            needed = "a reward stage before it, or rewards without reward_model" if learned else ""
+        if needed:
+            raise ValueError(f"stage {stage.name} needs {needed}")
+        rewarded = rewarded or isinstance(stage, RewardStage)
 
 
 def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -35,10 +35,23 @@ class ScalarHead(nn.Linear):
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the model."""
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        ConfigError: The model cannot be found, or has no tokenizer that can be read.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(path), trust_remote_code=False)
+    folder = resolve_model(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {path!r}",
+            found=f"no tokenizer that can be read ({str(error).splitlines()[0][:200]})",
+            needed="a tokenizer beside the model",
+            action="Save it there with the tokenizer's save_pretrained.",
+        ) from error
     return tokenizer
 
 

@@ -1,0 +1,267 @@
+"""Bad input is refused with exit code 2 and one line that says where, before Ray or an engine is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import cli, runner
+from tests.actors.judging import write_constitution
+from tests.e2e import recipes
+
+Change = Callable[[dict[str, Any], Path], None]
+
+
+class Started(BaseException):
+    """Stands for the start of Ray: everything was found in order."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data for recipes; a run that passes its checks ends in ``Started``."""
+    recipes.write_data(tmp_path)
+    rows = [{"instruction": "Write a review.", "output": f"I loved it {i}."} for i in range(8)]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def drive(coroutine: Any) -> int:
+        coroutine.close()
+        raise Started
+
+    monkeypatch.setattr(runner.asyncio, "run", drive)
+    return tmp_path
+
+
+def good(folder: Path, model: Path) -> dict[str, Any]:
+    """A recipe with every kind of stage; index 0 feedback, 1 reward, 2 sft, 3 preference, 4 rl, 5 evaluate."""
+    loop = {"groups_per_step": 4}
+    stages = [
+        {"kind": "feedback", "loop": {"num_samples": 2}, "measure_agreement": True},
+        {"kind": "reward", "learner": recipes.learner(), "loop": dict(loop)},
+        {"kind": "sft", "data": {"path": "records.jsonl"}, "learner": recipes.learner(), "loop": dict(loop)},
+        {"kind": "preference", "learner": recipes.learner(), "loop": dict(loop)},
+        {
+            "kind": "rl",
+            "learner": recipes.learner(),
+            "rewards": [{"source": "reward_model"}, {"source": "judge"}],
+            "loop": {"steps": 2, "prompts_per_step": 4, "num_samples": 2},
+        },
+        {"kind": "evaluate", "num_samples": 1},
+    ]
+    return recipes.base(folder, model, stages)
+
+
+def outcome(folder: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and standard error of ``rlhf run``; 0 where it went on to start Ray."""
+    path = recipes.write_recipe(folder, recipe)
+    capsys.readouterr()
+    try:
+        code = cli.main(["run", str(path)])
+    except Started:
+        code = 0
+    return code, capsys.readouterr().err
+
+
+def put(*keys: str | int, value: Any) -> Change:
+    """Sets one value of the recipe."""
+
+    def change(recipe: dict[str, Any], folder: Path) -> None:
+        section: Any = recipe
+        for key in keys[:-1]:
+            section = section[key]
+        section[keys[-1]] = value
+
+    return change
+
+
+def write(name: str, text: str) -> Change:
+    """Writes one file beside the recipe."""
+    return lambda recipe, folder: (folder / name).write_text(text, encoding="utf-8") and None
+
+
+def both(*changes: Change) -> Change:
+    def change(recipe: dict[str, Any], folder: Path) -> None:
+        for one in changes:
+            one(recipe, folder)
+
+    return change
+
+
+def pairwise(recipe: dict[str, Any], folder: Path) -> None:
+    name = write_constitution(folder, "pairwise").name
+    recipe["constitutions"] = {"training": name, "evaluation": name}
+    recipe["stages"][0]["measure_agreement"] = False
+
+
+def drop_stage(index: int) -> Change:
+    return lambda recipe, folder: recipe["stages"].pop(index) and None
+
+
+def without(file: str) -> Change:
+    """Starts from a copy of the model that lacks one file."""
+
+    def change(recipe: dict[str, Any], folder: Path) -> None:
+        copy = folder / "model"
+        shutil.copytree(recipe["model"], copy, ignore=shutil.ignore_patterns(file))
+        recipe["model"] = str(copy)
+
+    return change
+
+
+ROW = json.dumps({"request": "scathing", "subject": "x", "prompt": "Write."})
+
+
+def test_a_good_recipe_passes(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    assert outcome(folder, good(folder, tiny_model_dir), capsys) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("model",),
+        ("roles", "judge", "model"),
+        *(("stages", index, "learner", "model", "path") for index in (1, 2, 3, 4)),
+    ],
+    ids=lambda keys: ".".join(map(str, keys)),
+)
+def test_a_model_that_is_not_there_is_named_by_its_key(keys, folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    put(*keys, value=str(folder / "no_such_model"))(recipe, folder)
+    code, error = outcome(folder, recipe, capsys)
+    assert code == 2
+    assert error.startswith(f"ConfigError: {'.'.join(map(str, keys))}: ")
+    assert "no such folder" in error and "no_such_model" in error
+
+
+def test_a_critics_model_is_looked_for_too(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    recipe["stages"][4] |= {"critic": {"model": {"path": "./no_such"}}, "algorithm": {"name": "ppo"}}
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, error.split(": ")[1]) == (2, "stages.4.critic.model.path")
+
+
+def test_a_model_that_an_earlier_stage_writes_need_not_be_there_yet(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    recipe["stages"][4]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")
+    assert outcome(folder, recipe, capsys) == (0, "")
+    recipe["stages"][1]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")  # written after it
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, error.split(": ")[1]) == (2, "stages.1.learner.model.path")
+
+
+BAD: dict[str, tuple[Change, str]] = {
+    "misspelt key": (put("sampling", "temprature", value=1.0), "Did you mean 'temperature'?"),
+    "wrong type": (put("seed", value="many"), "seed"),
+    "one sample to rank": (put("stages", 0, "loop", "num_samples", value=1), "stages.0.loop.num_samples"),
+    "one sample to compare": (put("stages", 4, "loop", "num_samples", value=1), "loop.num_samples of at least 2"),
+    "fewer prompts than ranks": (put("roles", "learner", "ranks", value=5), "roles.learner.ranks (5)"),
+    "fewer prompts than mini-batches": (
+        put("stages", 4, "algorithm", value={"name": "grpo", "num_mini_batches": 5}),
+        "algorithm.num_mini_batches (5)",
+    ),
+    "fewer groups than ranks": (
+        both(drop_stage(4), put("roles", "learner", "ranks", value=5)),
+        "loop.groups_per_step of at least roles.learner.ranks (5)",
+    ),
+    "smallest batch of a file": (
+        both(
+            put("roles", "learner", "ranks", value=4),
+            put("stages", 2, "held_out_fraction", value=0.3),  # 6 of 8 records are left, in batches of 3
+        ),
+        "batches of 3 groups for 4 ranks",
+    ),
+    "reward before feedback": (drop_stage(0), "stage reward needs a feedback stage before it"),
+    "reward model without its stage": (drop_stage(1), "stage rl needs a reward stage before it"),
+    "sft on people's feedback": (
+        put(
+            "stages",
+            value=[
+                {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}},
+                {"kind": "sft", "source": "feedback"},
+            ],
+        ),
+        "stage sft needs a feedback stage with source: judge before it",
+    ),
+    "engine longer than its model": (
+        put("roles", "judge", "engine", "max_model_len", value=4096),
+        "roles.judge.engine.max_model_len: found 4096; needed at most 512",
+    ),
+    "missing file": (put("data", "train", "path", value="gone.jsonl"), "no file"),
+    "missing constitution": (put("constitutions", "training", value="gone.yaml"), "gone.yaml"),
+    "empty file": (write("prompts.jsonl", ""), "prompts.jsonl:1: found a file without rows"),
+    "broken JSON line": (write("prompts.jsonl", ROW + "\n{broken"), "prompts.jsonl:2: found broken JSON"),
+    "empty prompt": (
+        write("prompts.jsonl", ROW + "\n" + ROW.replace("Write.", " ")),
+        "prompts.jsonl:2: found an empty text",
+    ),
+    "prompt longer than the context": (
+        write("prompts.jsonl", ROW.replace("Write.", "wonderful " * 300)),
+        "needed at most 148",
+    ),
+    "a stage's file": (write("records.jsonl", '{"instruction": "x"}'), "records.jsonl:1: found no column 'output'"),
+    "one record": (
+        write("records.jsonl", '{"instruction": "x", "output": "y"}'),
+        "records.jsonl: found 1 record; needed at least 2",
+    ),
+    "no chat template": (without("chat_template*"), "no chat template in the tokenizer"),
+    "no tokenizer": (without("token*"), "no tokenizer that can be read"),
+    "no weights": (without("*.safetensors"), "a folder without *.safetensors"),
+    "a request that no constitution knows": (
+        write("prompts.jsonl", ROW.replace("scathing", "lukewarm")),
+        "request = 'lukewarm'",
+    ),
+    "a request that the independent scorer does not know": (
+        put("stages", 5, "report_card", value={"slice_field": "genre"}),
+        "stage evaluate, prompt p/0: found no field 'genre'",
+    ),
+    "agreement of a pairwise judge": (
+        both(pairwise, put("stages", 0, "measure_agreement", value=True)),
+        "measure_agreement with a pairwise constitution",
+    ),
+    "one sample to judge in pairs": (pairwise, "num_samples: 1 with a pairwise constitution"),
+    "validation in pairs": (
+        both(
+            pairwise,
+            put("stages", 5, "num_samples", value=2),
+            put("stages", 4, "loop", "evaluate_every", value=1),
+        ),
+        "stage rl: found loop.evaluate_every",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_starts(case: str, folder: Path, tiny_model_dir: Path, capsys) -> None:
+    change, said = BAD[case]
+    recipe = good(folder, tiny_model_dir)
+    change(recipe, folder)
+    code, error = outcome(folder, recipe, capsys)
+    assert code == 2
+    assert said in error
+    assert len(error.splitlines()) == 1 and "Traceback" not in error
+    assert not (folder / "run").exists(), "a refused recipe leaves no run directory"
+
+
+def test_the_tokenizer_of_a_stages_own_model_reads_its_file(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    other = folder / "other"
+    shutil.copytree(tiny_model_dir, other, ignore=shutil.ignore_patterns("chat_template*"))
+    recipe["stages"][2]["learner"]["model"]["path"] = str(other)
+    code, error = outcome(folder, recipe, capsys)
+    assert code == 2
+    assert "records.jsonl: found chat data, and no chat template" in error
+
+
+def test_a_run_directory_of_another_config_is_refused_with_the_difference(
+    folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    assert outcome(folder, recipe, capsys)[0] == 0
+    recipe["sampling"]["temperature"] = 0.5
+    code, error = outcome(folder, recipe, capsys)
+    assert code == 2
+    assert "sampling.temperature" in error and "0.5" in error
