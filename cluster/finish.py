@@ -83,4 +83,9 @@ def _notes(config: RunConfig) -> list[str]:
         notes.append("The judge has the policy's own starting weights: it judges its own kind.")
     if config.shuffle_verdicts:
         notes.append("Null arm: the verdicts were shuffled, so nothing should improve.")
+    if config.ray.address is not None:
+        notes.append(
+            "Peak memory counts this run's processes on the driver's machine: not Ray's own, which the run did not "
+            "start, and none on other nodes."
+        )
     return notes

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
@@ -66,6 +66,13 @@ def free_nodes() -> list[NodeCapacity]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def spawn_here(worker: type) -> Any:
+    """Creates an actor from a plain class on the driver's node; it only waits for others and takes no resources."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(worker).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
+    return actor.remote()
 
 
 class Placer:

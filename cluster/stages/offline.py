@@ -13,7 +13,11 @@ from rlhf.loops.offline import OfflineConfig
 from rlhf.objectives.config import PreferenceConfig, RankConfig, SupervisedConfig
 
 if TYPE_CHECKING:
+    from actors.offline import OfflineJob
     from cluster.context import RunContext
+
+STAGE_TIMEOUT_S = 30 * 24 * 3600.0
+"""A stage takes as long as its data do. Within it, no rank waits for another longer than the gang's own limit."""
 
 
 class SupervisedStage(StrictModel):
@@ -84,8 +88,6 @@ OfflineStage = SupervisedStage | RewardStage | PreferenceStage
 
 async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any]:
     """Trains under Ray Train and leaves ``RUN/reward_model`` or ``RUN/policy``."""
-    import asyncio
-
     from actors.offline import OfflineJob, read_results
     from cluster.stages.agreement import judge_agreement
 
@@ -109,7 +111,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         accelerator=context.accelerator,
     )
     async with context.timed_gate(stage.name).hold("learner"):
-        await asyncio.to_thread(_fit, context, job)
+        await _fit(context, job)
     results = read_results(job)
     held_out = results.pop("held_out", None)
     if held_out is not None and any(s.kind == "feedback" and s.measure_agreement for s in context.config.stages):
@@ -120,39 +122,31 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
     return results
 
 
-def _fit(context: RunContext, job: Any) -> None:
-    """Starts the ranks with Ray Train, which gives the gang start and the restart after a failure."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+async def _fit(context: RunContext, job: OfflineJob) -> None:
+    """Trains with Ray Train, which gives the gang start and the restart after a failure.
 
-    from actors.offline import train_rank
+    A cancellation (a second signal) ends the ranks where they are.
+    """
+    from actors.calls import await_ref, kill
+    from actors.train_driver import TrainDriver
     from cluster.context import StopRequestedError
-    from rlhf.errors import LearnerError
+    from cluster.placement import spawn_here
 
     role = context.config.roles.learner
-    per_worker = {"CPU": role.resources.cpus} | ({"GPU": role.resources.gpus} if role.resources.gpus else {})
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if role.resources.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=role.ranks,
-            use_gpu=role.resources.gpus > 0,
-            resources_per_worker=per_worker,
-            placement_strategy=role.resources.strategy,
-        ),
-        run_config=RunConfig(
-            name=job.stage,
-            storage_path=str(context.run.root / "ray_train"),
-            failure_config=FailureConfig(max_failures=role.resources.max_restarts),
-        ),
-    )
-    result = trainer.fit()
-    if result.error is not None:
-        raise LearnerError(
-            f"stage {job.stage}", found=str(result.error), needed="a finished training", action="See the log above."
-        ) from result.error
-    if context.stopping.is_set():
-        raise StopRequestedError(
-            f"stage {job.stage}", found="a signal", needed="more steps", action="Run the command again to go on."
+    where = f"stage {job.stage}"
+    driver = spawn_here(TrainDriver)
+    try:
+        training = driver.fit.remote(
+            job,
+            num_ranks=role.ranks,
+            cpus=role.resources.cpus,
+            gpus=role.resources.gpus,
+            strategy=role.resources.strategy,
+            max_failures=role.resources.max_restarts,
+            storage=context.run.root / "ray_train",
         )
+        await await_ref(training, timeout_s=STAGE_TIMEOUT_S, where=where)
+    finally:
+        kill(driver)
+    if context.stopping.is_set():
+        raise StopRequestedError(where, found="a signal", needed="more steps", action="Run the command again to go on.")

@@ -74,7 +74,7 @@ class Summary(StrictModel):
     throughput: dict[str, float]
     """Tokens per second by role."""
     peak_memory_gib: float = Field(ge=0.0)
-    """Highest PSS of all processes of the run."""
+    """Highest PSS of all processes of the run on the driver's machine."""
     versions: dict[str, str]
     """Packages."""
     passed: dict[str, bool]

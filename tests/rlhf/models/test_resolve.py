@@ -67,9 +67,11 @@ def test_a_package_is_converted_once_and_whole(monkeypatch: pytest.MonkeyPatch, 
 
     def convert(source: Path, target: Path) -> None:
         conversions.append(source)
-        target.mkdir()
-        (target / "config.json").write_text("{}")
-        (target / "model.safetensors").write_bytes(b"")
+        partial = target.with_name("partial")  # whole or not at all, as the real one: others may look at any moment
+        partial.mkdir()
+        (partial / "config.json").write_text("{}")
+        (partial / "model.safetensors").write_bytes(b"")
+        partial.rename(target)
 
     monkeypatch.setattr(resolve, "convert_gguf", convert)
     found: list[Path] = []
