@@ -158,8 +158,7 @@ def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
 def assert_gone(recipe: Path, timeout_s: float = 150.0) -> None:
     """No process of a recipe's runs is left, engines' children and Ray's own included.
 
-    After a SIGKILL of the driver two agents of Ray's take a good minute: they first try to report the death of their
-    node to a control store that died with it.
+    After a SIGKILL of the driver the watchdog ends what does not end by itself.
     """
     deadline = time.monotonic() + timeout_s
     while left := {pid: title for pid, title in runtime_processes().items() if pid not in _BEFORE[recipe]}:

@@ -1,0 +1,135 @@
+"""The run's context without Ray: a role is placed once, and fleets make room only where they must."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import context as module
+from cluster.config import RunConfig
+from cluster.context import Policy, RunContext
+from cluster.topology import NodeCapacity
+from rlhf.config import validate
+from rlhf.loops.gate import BudgetGate
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.timings import Timings
+
+
+class PlacedRole:
+    """Stands for a ``Placer``: reserving takes a turn of the loop, as the real one's thread does."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.closed = False
+
+    def spawn(self, worker: type, kwargs: Any, env: Any = None) -> Any:
+        raise AssertionError("nothing is spawned in these tests")
+
+    def retire(self, handle: Any) -> None:
+        raise AssertionError("nothing is retired in these tests")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Cluster:
+    """A cluster of one node, and what was placed on it."""
+
+    def __init__(self) -> None:
+        self.cpus = 8.0
+        self.placed: list[PlacedRole] = []
+
+    async def reserved(self, role: str, *args: Any, **options: Any) -> PlacedRole:
+        await asyncio.sleep(0)
+        self.placed.append(PlacedRole(role))
+        return self.placed[-1]
+
+    @property
+    def held(self) -> list[str]:
+        return [placer.role for placer in self.placed if not placer.closed]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+
+    async def no_replicas(fleet: Any, wanted: int) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(module.Placer, "reserved", cluster.reserved)
+    monkeypatch.setattr(module.Fleet, "scale", no_replicas)
+    monkeypatch.setattr(module, "free_nodes", lambda: [NodeCapacity("a", cluster.cpus, 0.0)])
+    return cluster
+
+
+def open_run(tmp_path: Path) -> RunContext:
+    recipe = {
+        "name": "test",
+        "model": "m",
+        "constitutions": {"training": "c.yaml"},
+        "data": {"train": {"path": "p.jsonl"}},
+        "recorder": {"cpus": 0.5},
+        "roles": {"learner": {"resources": {"cpus": 2.0}}},
+        "stages": [{"kind": "feedback"}, {"kind": "reward"}],
+    }
+    config = validate(RunConfig, recipe, "test")
+    run = RunDirectory(tmp_path)
+    return RunContext(
+        config=config,
+        run=run,
+        start=Policy(tmp_path, 0),
+        policy=Policy(tmp_path, 0),
+        timings=Timings(run.timings),
+        metrics=MetricsLogger(run.metrics, tensorboard=None),
+        gate=BudgetGate({}),
+        inputs={},
+    )
+
+
+class Worker:
+    """No one is started."""
+
+
+@pytest.mark.parametrize(
+    ("cpus", "left"),
+    [
+        pytest.param(3.0, ["generation", "judge"], id="a learner beside both"),
+        pytest.param(2.4, [], id="the learner needs their place"),
+    ],
+)
+def test_fleets_make_room_for_a_stage_only_where_it_does_not_fit_beside_them(
+    cpus: float, left: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        context = open_run(tmp_path)
+        feedback, reward = context.config.stages
+        cluster.cpus = cpus
+        for role in ("generation", "judge"):
+            await context.fleet(role, Worker, {})
+        await context.make_room(feedback)
+        assert cluster.held == ["generation", "judge"], "a stage keeps what it uses"
+        await context.make_room(reward)
+        assert cluster.held == left
+        assert [context.has_fleet(role) for role in ("generation", "judge")] == [bool(left)] * 2
+        if not left:
+            await context.fleet("generation", Worker, {})  # a later stage starts it again
+            assert cluster.held == ["generation"]
+        await context.close()
+
+    asyncio.run(work())
+
+
+def test_a_role_that_is_asked_for_twice_at_once_is_placed_once(cluster: Cluster, tmp_path: Path) -> None:
+    async def work() -> None:
+        context = open_run(tmp_path)
+        first, second = await asyncio.gather(context.fleet("scorer", Worker, {}), context.fleet("scorer", Worker, {}))
+        assert first is second
+        assert cluster.held == ["scorer"]
+        await context.close()
+        assert cluster.held == []
+
+    asyncio.run(work())

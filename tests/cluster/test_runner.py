@@ -1,0 +1,128 @@
+"""Signals to the driver: the first lets the stage save, the second ends it where it is. No Ray in here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import context as context_module
+from cluster import runner
+
+
+class Context:
+    """What ``_drive`` needs of a run's context; ``log`` holds what happened."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.stopping = asyncio.Event()
+        self.timings = SimpleNamespace(write=lambda: None)
+        self.run = SimpleNamespace(complete=lambda name, results: log.append(f"{name} complete"))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.log.append(kind)
+
+    def request_stop(self) -> None:
+        self.stopping.set()
+
+    async def make_room(self, stage: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    log: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def open_context(*args: Any) -> AsyncIterator[Context]:
+        try:
+            yield Context(log)
+        finally:
+            await asyncio.sleep(0.01)  # closing takes time and is not interrupted
+            log.append("closed")
+
+    monkeypatch.setattr(context_module, "open_context", open_context)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield log
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def drive(monkeypatch: pytest.MonkeyPatch, work: Any, kind: str = "rl") -> int:
+    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    stages: Any = [SimpleNamespace(name="one", kind=kind), SimpleNamespace(name="two", kind=kind)]
+    config: Any = None
+    return asyncio.run(runner._drive(config, Path(), stages, {}))
+
+
+async def interrupt(context: Context, number: signal.Signals) -> None:
+    """Sends this process a signal and returns when its handler has run."""
+    os.kill(os.getpid(), number)
+    while not context.stopping.is_set():
+        await asyncio.sleep(0)
+
+
+def test_one_signal_lets_the_stage_save(log: list[str], monkeypatch) -> None:
+    async def work(context: Context, stage: Any) -> dict[str, Any]:
+        await interrupt(context, signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        log.append("saved")
+        raise context_module.StopRequestedError("stage one", found="a signal", needed="time", action="Again.")
+
+    assert drive(monkeypatch, work) == 143
+    assert log == ["stage_started", "saved", "stopped", "closed"]
+
+
+def test_a_stage_that_has_nothing_to_save_is_left_at_once(log: list[str], monkeypatch) -> None:
+    async def work(context: Context, stage: Any) -> dict[str, Any]:
+        await interrupt(context, signal.SIGINT)
+        await asyncio.sleep(3600)
+        return {}
+
+    assert drive(monkeypatch, work, "feedback") == 130
+    assert log == ["stage_started", "stopped", "closed"]
+
+
+@pytest.mark.parametrize("later", [1, 3], ids=["two signals", "and more of them"])
+def test_a_second_signal_does_not_wait_and_closing_is_not_interrupted(later: int, log: list[str], monkeypatch) -> None:
+    async def work(context: Context, stage: Any) -> dict[str, Any]:
+        await interrupt(context, signal.SIGTERM)
+        for _ in range(later):
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            log.append("given up")
+        return {}
+
+    assert drive(monkeypatch, work) == 143, "the first signal says the exit code"
+    assert log == ["stage_started", "given up", "stopped", "closed"]
+
+
+def test_a_second_signal_while_closing_changes_nothing(log: list[str], monkeypatch) -> None:
+    async def work(context: Context, stage: Any) -> dict[str, Any]:
+        await interrupt(context, signal.SIGTERM)
+        asyncio.get_running_loop().call_later(0.005, os.kill, os.getpid(), signal.SIGTERM)  # while it closes
+        raise context_module.StopRequestedError("stage one", found="a signal", needed="time", action="Again.")
+
+    assert drive(monkeypatch, work) == 143
+    assert log == ["stage_started", "stopped", "closed"]
+
+
+def test_stages_go_on_without_a_signal(log: list[str], monkeypatch) -> None:
+    async def work(context: Context, stage: Any) -> dict[str, Any]:
+        return {}
+
+    assert drive(monkeypatch, work) == 0
+    assert log == [
+        *("stage_started", "one complete", "stage_completed"),
+        *("stage_started", "two complete", "stage_completed"),
+        "closed",
+    ]
