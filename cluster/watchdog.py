@@ -34,14 +34,24 @@ class Watchdog:
 
     def __init__(self, mark: str) -> None:
         command = [sys.executable, "-I", __file__, mark]
-        # A session of its own: the terminal's Ctrl-C is for the driver.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        # A session of its own: the terminal's Ctrl-C is for the driver. And none of the driver's pipes, whose readers
+        # wait for the driver's end and not for this one's.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def dismiss(self) -> None:
         """Ends the watch and leaves everything alone; may be called twice."""
         if self._process.poll() is None:
-            with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile
+            try:
                 self._process.communicate(b".", timeout=10.0)
+            except subprocess.TimeoutExpired:  # the machine is too busy for it to read one byte
+                self._process.kill()
+                self._process.wait(10.0)
 
 
 def marked(mark: str) -> list[int]:
