@@ -22,6 +22,10 @@ from rlhf.errors import PlacementError
 RUN_MARK = "RLHF_RUN_MARKER"
 """Environment variable that every process of a run carries, engines' children included."""
 
+KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
+"""Ray's processes rename themselves. Without this the new name's padding goes over the beginning of their environment,
+and with it, depending on its place there, the mark by which a run's processes are found."""
+
 _watchdogs: list[Watchdog] = []
 """Of the private cluster that this process has started."""
 
@@ -36,6 +40,7 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.update(KEEP_ENVIRONMENT)
     mark = os.environ.setdefault(RUN_MARK, secrets.token_hex(8))
     options: dict[str, Any] = {"log_to_driver": False, "namespace": "rlhf", "configure_logging": False}
     if address is None:
@@ -43,7 +48,7 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
         os.environ[CLUSTER_MARK] = secrets.token_hex(8)
         _watchdogs.append(Watchdog(os.environ[CLUSTER_MARK]))
     else:
-        options |= {"address": address, "runtime_env": {"env_vars": {RUN_MARK: mark}}}
+        options |= {"address": address, "runtime_env": {"env_vars": {RUN_MARK: mark} | KEEP_ENVIRONMENT}}
     protect_token()
     try:
         ray.init(**options)
@@ -157,7 +162,8 @@ class Placer:
             kept = self._free.pop(0) if self._free else None
         slot = kept or (self._reserve(1), 0)
         threads = self._resources.threads or os.cpu_count() or 1
-        variables = {"OMP_NUM_THREADS": str(threads), RUN_MARK: os.environ.get(RUN_MARK, "")} | dict(env or {})
+        mark = {RUN_MARK: os.environ.get(RUN_MARK, "")} | KEEP_ENVIRONMENT
+        variables = {"OMP_NUM_THREADS": str(threads)} | mark | dict(env or {})
         handle: Any = (
             ray.remote(worker)
             .options(

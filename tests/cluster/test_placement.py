@@ -15,6 +15,7 @@ import pytest
 
 from cluster.placement import Placer
 from cluster.topology import Resources
+from cluster.watchdog import CLUSTER_MARK
 from rlhf.errors import PlacementError
 
 pytestmark = pytest.mark.engine
@@ -164,7 +165,8 @@ connect(sys.argv[1], num_cpus=None, object_store_bytes=None)
 placer = Placer("judge", Resources(cpus=0.5), 1)
 placer.reserve()
 actor = ray.get(placer.spawn(Worker, {}).about.remote(), timeout=60)["pid"]
-rank = ray.get(ray.remote(num_cpus=0.5)(os.getpid).remote(), timeout=60)  # placed by somebody else, as Ray Train does
+task = ray.remote(num_cpus=0.5)(lambda: os.getpid())  # not placed by us, as the ranks of Ray Train are not
+rank = ray.get(task.remote(), timeout=60)
 found = run_processes(os.getpid(), os.environ["RLHF_RUN_MARKER"])
 assert {actor, rank} <= found, (actor, rank, found)
 assert os.getppid() not in found, "the process that started the cluster is not of this run"
@@ -260,7 +262,10 @@ def test_a_killed_driver_takes_its_private_cluster_along_in_seconds() -> None:
     """Ray's own agents too: by themselves they would try for a minute to reach the control store that died."""
     import psutil
 
-    driver = subprocess.Popen([sys.executable, "-c", KILLED_DRIVER], stdout=subprocess.PIPE, text=True)
+    # First in the environment, where a new name of Ray's processes would cover it.
+    environment = {CLUSTER_MARK: "", **{name: value for name, value in os.environ.items() if name != CLUSTER_MARK}}
+    command = [sys.executable, "-c", KILLED_DRIVER]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     try:
         assert driver.stdout.readline() == "ready\n"
