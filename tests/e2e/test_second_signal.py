@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e import recipes
@@ -33,6 +35,15 @@ def stage(kind: str) -> dict[str, Any]:
     }
 
 
+def titles_below(pid: int) -> list[str]:
+    """Titles of all processes that descend from one."""
+    titles = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles.append(" ".join(process.cmdline()))
+    return titles
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("kind", "busy"), [("sft", "ray::RayTrainWorker"), ("rl", "ray::LearnerWorker.update")])
@@ -44,7 +55,7 @@ def test_a_second_signal_does_not_wait_for_the_step(kind: str, busy: str, tmp_pa
     run = tmp_path / "run"
     driver = recipes.start(recipe)
     try:
-        recipes.wait_for(driver, lambda: any(t.startswith(busy) for t in recipes.runtime_processes().values()))
+        recipes.wait_for(driver, lambda: any(title.startswith(busy) for title in titles_below(driver.pid)))
         os.kill(driver.pid, signal.SIGTERM)
         recipes.wait_for(driver, lambda: (run / "control" / "stop").exists())  # the first one was taken note of
         os.kill(driver.pid, signal.SIGTERM)
