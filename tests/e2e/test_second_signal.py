@@ -45,7 +45,7 @@ def titles_below(pid: int) -> list[str]:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("kind", "busy"), [("sft", "ray::RayTrainWorker"), ("rl", "ray::LearnerWorker.update")])
 def test_a_second_signal_does_not_wait_for_the_step(kind: str, busy: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     recipes.write_data(tmp_path)
@@ -55,7 +55,7 @@ def test_a_second_signal_does_not_wait_for_the_step(kind: str, busy: str, tmp_pa
     run = tmp_path / "run"
     driver = recipes.start(recipe)
     try:
-        recipes.wait_for(driver, lambda: any(title.startswith(busy) for title in titles_below(driver.pid)))
+        recipes.wait_for(driver, lambda: any(title.startswith(busy) for title in titles_below(driver.pid)), 600.0)
         os.kill(driver.pid, signal.SIGTERM)
         recipes.wait_for(driver, lambda: (run / "control" / "stop").exists())  # the first one was taken note of
         os.kill(driver.pid, signal.SIGTERM)
