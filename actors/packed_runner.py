@@ -55,7 +55,7 @@ class PackedRunner:
 
     def pack(self, groups: Sequence[TrainGroup]) -> PackedBatch:
         """Rows on the host; a rank without data gets one row of a single token, so that collectives meet."""
-        return pack(groups or [_stand_in()], pad_id=self._pad_id, multiple_of=self._config.model.row_multiple)
+        return pack(groups or [_stand_in()], pad_id=self._pad_id)
 
     def log_probs(self, groups: Sequence[TrainGroup]) -> list[TokenValues]:
         """Under the current weights, in the groups' order."""
@@ -101,7 +101,6 @@ class PackedRunner:
             groups,
             max_tokens=self._config.max_tokens_per_micro_batch,
             temperature=self._temperature,
-            multiple_of=self._config.model.row_multiple,
         )
 
 

@@ -58,29 +58,27 @@ def batches(groups: Sequence[TrainGroup], max_tokens: int) -> Iterator[list[int]
 
 
 def frozen_log_probs(
-    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, temperature: float, multiple_of: int = 1
+    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, temperature: float
 ) -> list[TokenValues]:
     """Log-probs of every completion under a model that does not train, in the groups' order."""
     found: dict[int, TokenValues] = {}
     device = next(model.parameters()).device
     with torch.no_grad():
         for indices in batches(groups, max_tokens):
-            batch = pack([groups[i] for i in indices], pad_id=0, multiple_of=multiple_of).to(device)
+            batch = pack([groups[i] for i in indices], pad_id=0).to(device)
             outputs = language_outputs(model, batch, temperature=temperature)
             if outputs.log_probs is not None:
                 found |= dict(zip(indices, split_by_length(outputs.log_probs, batch), strict=True))
     return [found[i] for i in range(len(groups))]
 
 
-def frozen_scores(
-    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, multiple_of: int = 1
-) -> list[tuple[float, ...]]:
+def frozen_scores(model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int) -> list[tuple[float, ...]]:
     """Scores of every completion under a reward model, in the groups' order."""
     found: dict[int, tuple[float, ...]] = {}
     device = next(model.parameters()).device
     with torch.no_grad():
         for indices in batches(groups, max_tokens):
-            batch = pack([groups[i] for i in indices], pad_id=0, multiple_of=multiple_of).to(device)
+            batch = pack([groups[i] for i in indices], pad_id=0).to(device)
             outputs = scalar_outputs(model, batch, per_token=False)
             if outputs.sequence_scores is not None:
                 scores = outputs.sequence_scores.tolist()

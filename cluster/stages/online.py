@@ -108,6 +108,8 @@ class _OnlineRun:
         self.rewards: Mixture
         self.cursor: PromptCursor
         self.roles: OnlineRoles
+        self.validation: tuple[int, float] = (-1, 0.0)
+        """Updates done at the last validation, and its score."""
 
     async def run(self, stack: AsyncExitStack) -> dict[str, Any]:
         """Assembles the roles, runs the loop, exports the chosen weights."""
@@ -216,8 +218,6 @@ class _OnlineRun:
         measured, score = self.validation
         if measured == num_updates:
             checkpoint.mark_best(self.checkpoints, num_updates, "validation/score", score)
-
-    validation: tuple[int, float] = (-1, 0.0)
 
     async def _finish(self) -> dict[str, Any]:
         """Exports the best checkpoint's weights (or the last) to ``RUN/policy``, whole or not at all."""

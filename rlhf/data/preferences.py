@@ -136,20 +136,6 @@ def feedback_groups(feedback: Sequence[PeopleFeedback], tokenizer: Any) -> list[
     ]
 
 
-def preference_pairs(groups: Sequence[TrainGroup]) -> list[TrainGroup]:
-    """Returns one group per ordered pair of each ranked group, chosen first; ties and missing ranks make none."""
-    pairs = []
-    for group in groups:
-        ranks = group.ranks or ()
-        for a, b in combinations(range(len(ranks)), 2):
-            if math.isnan(ranks[a]) or math.isnan(ranks[b]) or ranks[a] == ranks[b]:
-                continue
-            best, worst = (a, b) if ranks[a] < ranks[b] else (b, a)
-            ids = (group.completion_ids[best], group.completion_ids[worst])
-            pairs.append(TrainGroup(f"{group.uid}/{best}-{worst}", group.prompt_ids, ids, ranks=(1.0, 2.0)))
-    return pairs
-
-
 def _collect(config: PreferenceDataConfig, rows: Sequence[Row]) -> dict[tuple[Message, ...], _Stated]:
     stated: dict[tuple[Message, ...], _Stated] = {}
     for row in rows:

@@ -182,10 +182,6 @@ def _prepare(model: nn.Module, config: ModelConfig, head: Head) -> nn.Module:
         model = attach_lora(model, config.adapter, head)
     else:
         _freeze(model, config, head)
-    if config.compile_layers:
-        layers: Any = backbone(model).layers
-        for layer in layers:
-            layer.compile()
     return model
 
 

@@ -51,12 +51,6 @@ class ModelConfig(StrictModel):
     gradient_checkpointing: bool = False
     """Computes each layer again in the backward pass: keeps no activations, a third slower."""
 
-    compile_layers: bool = False
-    """Compiles each layer with ``torch.compile``: seconds at the start, less time in every step after it."""
-
-    row_multiple: PositiveInt = 1
-    """Row lengths are rounded up to a multiple of this; a compiled model then sees fewer shapes."""
-
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if (self.trainable == "last_layers") != (self.last_layers > 0):

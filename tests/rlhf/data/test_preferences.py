@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +17,9 @@ from rlhf.data.preferences import (
     _rank_component,
     feedback_groups,
     load_people_feedback,
-    preference_pairs,
 )
 from rlhf.errors import DataError
+from rlhf.maths.pairs import ordered_pairs
 
 
 def write_rows(tmp_path, *rows):
@@ -130,17 +130,15 @@ def test_csv_and_parquet_say_the_same_as_jsonl(tmp_path, tokenizer):
         ]
 
 
-def test_groups_for_the_rank_loss_and_pairs_for_preference_objectives(tmp_path, tokenizer):
+def test_the_pairs_that_rank_and_preference_losses_see_are_those_that_were_ordered(tmp_path, tokenizer):
     path = write_rows(tmp_path, {"prompt": "p", "completions": ["good", ["fair", "so so"], "bad"]})
     (group,) = feedback_groups(load(path, "rankings", tokenizer), tokenizer)
     assert group.ranks == (1.0, 2.0, 2.0, 3.0)
     texts = [tokenizer.decode(ids) for ids in group.completion_ids]
     assert texts == ["good<|im_end|>", "fair<|im_end|>", "so so<|im_end|>", "bad<|im_end|>"]
-    pairs = preference_pairs([group])
-    assert [pair.uid for pair in pairs] == [f"people/00000/{pair}" for pair in ("0-1", "0-2", "0-3", "1-3", "2-3")]
-    assert tokenizer.decode(pairs[-1].completion_ids[0]) == "so so<|im_end|>"
-    assert all(pair.ranks == (1.0, 2.0) and pair.prompt_ids is group.prompt_ids for pair in pairs)
-    assert not any(math.isnan(rank) for pair in pairs for rank in pair.ranks)
+    pairs = ordered_pairs(torch.tensor(group.ranks), torch.zeros(4, dtype=torch.int64), 1)
+    seen = sorted(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True))
+    assert seen == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], "the tie gives none"
 
 
 @pytest.mark.parametrize(
