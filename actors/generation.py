@@ -109,7 +109,7 @@ class GenerationWorker:
                 async for completion in completions:
                     siblings.append(completion)
                     if len(siblings) == num_samples:
-                        yield self._put(next(remaining), siblings)
+                        yield await self._put(next(remaining), siblings)
                         siblings = []
         finally:
             self._leave()
@@ -199,7 +199,7 @@ class GenerationWorker:
                     action="Shorten the prompt or sampling.max_tokens, or raise max_model_len of the engine section.",
                 )
 
-    def _put(self, prompt: Prompt, siblings: Sequence[Completion]) -> GroupHandle:
+    async def _put(self, prompt: Prompt, siblings: Sequence[Completion]) -> GroupHandle:
         spans = [span.version for completion in siblings for span in completion.version_spans]
         lengths = tuple(len(completion.token_ids) for completion in siblings)
         self._num_tokens += sum(lengths)
@@ -207,7 +207,7 @@ class GenerationWorker:
         group = RolloutGroup(prompt, tuple(Rollout(completion) for completion in siblings))
         return GroupHandle(
             uid=prompt.uid,
-            payload=self._store.put(group),
+            payload=await asyncio.to_thread(self._store.put, group),  # it may wait for the group's owner
             prompt_length=len(prompt.token_ids),
             completion_lengths=lengths,
             weight_versions=(min(spans), max(spans)),
