@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 
+from actors.calls import gather_all
 from actors.judge import Answer, JudgeBase
 from actors.settings import EndpointConfig
 from actors.store import Store
@@ -110,7 +111,7 @@ class OpenAIJudgeWorker(JudgeBase):
             async with places:
                 return await self._ask_one(request)
 
-        return list(await asyncio.gather(*(one(request) for request in requests)))
+        return await gather_all(one(request) for request in requests)
 
     async def _ask_one(self, request: JudgeRequest) -> Answer:
         import openai

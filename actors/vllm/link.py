@@ -100,8 +100,8 @@ class EngineLink:
     async def paused(self, *, clear_cache: bool) -> AsyncIterator[AsyncLLM]:
         """Holds the scheduler still: what is submitted meanwhile starts together."""
         llm = self.alive()
-        await self.call(llm.pause_generation(mode="keep", clear_cache=clear_cache), "pause")
-        try:
+        try:  # from before the pause: a caller that leaves while it waits for it would leave the engine standing
+            await self.call(llm.pause_generation(mode="keep", clear_cache=clear_cache), "pause")
             yield llm
         finally:
             if self.is_alive:

@@ -176,6 +176,25 @@ def test_a_wrong_key_or_model_stops_the_judge(service, tmp_path, status):
     assert KEY not in str(caught.value)
 
 
+def test_a_judge_that_stopped_asks_nothing_more(service, tmp_path):
+    """One place at the service: the first refusal ends the call, and the questions behind it are not put."""
+    service.behave = lambda body, tries: (401, {})
+    settings = {"base_url": service.url, "model": "m", "max_concurrency": 1, "max_retries": 0}
+
+    async def go():
+        judge = OpenAIJudgeWorker(
+            EndpointConfig.model_validate(settings), {"train": write_constitution(tmp_path)}, LocalStore(), seed=1
+        )
+        await judge.start()
+        with pytest.raises(JudgeError):
+            await judge.judge([make_group("a", [f"text {i}" for i in range(20)])], "train")
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "a question was left behind"
+        await judge.stop()
+
+    asyncio.run(go())
+    assert len(service.bodies) <= 2, "the second may have been on its way"
+
+
 def test_the_key_comes_from_the_environment(service, tmp_path, monkeypatch):
     monkeypatch.delenv("RLHF_JUDGE_API_KEY")
     with pytest.raises(ConfigError, match="RLHF_JUDGE_API_KEY"):
