@@ -21,6 +21,9 @@ from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.types import TrainGroup
 
+KEEP_CHECKPOINTS = 2
+"""The newest one, and one to fall back to where that one does not verify."""
+
 
 @dataclass(frozen=True)
 class OfflineJob:
@@ -137,7 +140,12 @@ class _Session:
 
     def resume(self) -> int:
         """Loads the newest verified checkpoint on every rank and returns its step, 0 where there is none."""
-        found = checkpoint.load_latest(self._checkpoints) if self._rank == 0 else None
+        found = None
+        if self._rank == 0:
+            events = self._run.events
+            found = checkpoint.load_latest(
+                self._checkpoints, on_event=lambda kind, fields: events.record(kind, stage=self._job.stage, **fields)
+            )
         path, step = self._worker.broadcast((found.path, found.step) if found else (None, 0))
         if path is not None:
             self._worker.load(path)
@@ -167,7 +175,7 @@ class _Session:
                 for entry in staging.iterdir():
                     entry.rename(directory / entry.name)
 
-            checkpoint.save(self._checkpoints, step, write, state={}, keep=1)
+            checkpoint.save(self._checkpoints, step, write, state={}, keep=KEEP_CHECKPOINTS)
             staging.rmdir()
         self._worker.barrier()
 

@@ -1,0 +1,83 @@
+"""Bookkeeping of an offline stage's rank: what it resumes from, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.offline import KEEP_CHECKPOINTS, OfflineJob, _Session
+from actors.settings import LearnerConfig
+from rlhf.loops.offline import OfflineConfig
+from rlhf.objectives.config import SupervisedConfig
+from rlhf.runs import checkpoint
+from rlhf.runs.events import read_events
+
+
+class FakeWorker:
+    """The one rank of a gang; its state is a number in a file."""
+
+    def __init__(self, state: int = 0) -> None:
+        self.state = state
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+    def save(self, directory: Path) -> None:
+        (directory / "state").write_text(str(self.state))
+
+    def load(self, directory: Path) -> None:
+        self.state = int((directory / "state").read_text())
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> OfflineJob:
+    return OfflineJob(
+        kind="sft",
+        learner=LearnerConfig(),
+        objective=SupervisedConfig(),
+        loop=OfflineConfig(),
+        run_dir=tmp_path,
+        stage="sft",
+        target=tmp_path / "policy",
+        groups=tmp_path / "groups",
+        records=None,
+        held_out_fraction=0.0,
+        min_score=0.0,
+        max_sequence_tokens=64,
+        seed=0,
+        threads=1,
+        accelerator="cpu",
+    )
+
+
+def save_steps(job: OfflineJob, *steps: int) -> None:
+    for step in steps:
+        _Session(job, FakeWorker(step), 0).hooks().checkpoint(step)
+
+
+def test_a_rank_resumes_from_the_newest_checkpoint_and_says_nothing(job: OfflineJob) -> None:
+    assert _Session(job, FakeWorker(), 0).resume() == 0
+    save_steps(job, 1, 2, 3)
+    worker = FakeWorker()
+    assert _Session(job, worker, 0).resume() == worker.state == 3
+    assert read_events(job.run_dir / "events.jsonl") == []
+    assert len(checkpoint.steps(job.run_dir / "checkpoints" / "sft")) == KEEP_CHECKPOINTS
+
+
+def test_a_fallback_to_an_older_checkpoint_is_an_event(job: OfflineJob) -> None:
+    save_steps(job, 1, 2)
+    (job.run_dir / "checkpoints" / "sft" / "step_2" / "state").write_text("9")
+    worker = FakeWorker()
+    assert _Session(job, worker, 0).resume() == worker.state == 1
+    events = read_events(job.run_dir / "events.jsonl")
+    assert [(event["kind"], event["stage"]) for event in events] == [
+        ("checkpoint_rejected", "sft"),
+        ("checkpoint_pointer_mended", "sft"),
+    ]
+    assert "altered" in json.dumps(events[0])
