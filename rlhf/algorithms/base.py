@@ -5,12 +5,14 @@ Legend: N sequences, T tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.config import AlgorithmSettings
 from rlhf.maths.advantages import ReduceSum
 from rlhf.maths.ops import kl_estimate, masked_sum
 from rlhf.maths.packing import PackedBatch
@@ -55,6 +57,40 @@ class Algorithm(Protocol):
             reduce_sum: Adds a tensor over ranks.
         """
         ...
+
+
+def needs_reference(config: AlgorithmSettings) -> bool:
+    """Whether a KL to the reference is paid, in the loss or in the reward."""
+    return max(config.policy.kl.coefficient, config.reward_kl.coefficient) > 0
+
+
+class SiblingAlgorithm(ABC):
+    """What algorithms without a critic share: siblings are each other's baseline, and groups are whole on a rank."""
+
+    needs_critic = False
+
+    def __init__(self, config: AlgorithmSettings) -> None:
+        self._settings = config
+        self.num_epochs, self.num_mini_batches = config.num_epochs, config.num_mini_batches
+        self.needs_reference = needs_reference(config)
+
+    @abstractmethod
+    def advantages(self, scores: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Advantages [N] and which of them are usable, bool [N], from penalised scores [N]; NaN is missing."""
+
+    def policy_objective(self) -> PolicyObjective:
+        """The clipped surrogate over groups that have at least two scores."""
+        return PolicyObjective(self._settings.policy, min_scores=2)
+
+    def value_objective(self) -> None:
+        """There is no critic."""
+        return None
+
+    def signals(self, batch: PackedBatch, raw: TokenSignals, reduce_sum: ReduceSum) -> TokenSignals:
+        """Advantages from scores [N]; nothing is reduced over ranks, because groups are whole."""
+        scores = penalised_scores(batch, raw, self._settings.reward_kl, f"algorithm {type(self).__name__.lower()}")
+        advantages, usable = self.advantages(scores, batch)
+        return spread(raw, batch, advantages, usable)
 
 
 def reward_kl_tokens(batch: PackedBatch, raw: TokenSignals, config: KlConfig, where: str) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import reward_kl_tokens
+from rlhf.algorithms.base import needs_reference, reward_kl_tokens
 from rlhf.algorithms.config import PpoConfig
 from rlhf.maths.advantages import ReduceSum, generalised_advantages, whiten
 from rlhf.maths.packing import PackedBatch
@@ -24,7 +24,7 @@ class Ppo:
     def __init__(self, config: PpoConfig) -> None:
         self.config = config
         self.num_epochs, self.num_mini_batches = config.num_epochs, config.num_mini_batches
-        self.needs_reference = max(config.policy.kl.coefficient, config.reward_kl.coefficient) > 0
+        self.needs_reference = needs_reference(config)
 
     def policy_objective(self) -> PolicyObjective:
         """The clipped surrogate over sequences that have a score."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.errors import DataError
 from rlhf.maths.ops import group_sum
 from rlhf.maths.packing import PackedBatch, pad_tokens
-from rlhf.maths.pairs import count_ordered_pairs
+from rlhf.maths.pairs import OrderedPairs, count_ordered_pairs
 from rlhf.types import TrainGroup
 
 Head = Literal["language_model", "scalar"]
@@ -274,6 +274,27 @@ def count_ranked(groups: Sequence[TrainGroup]) -> Denominators:
         usable.append([has_pair and not math.isnan(rank) for rank in ranks])
     tokens = count_trained(groups, usable).tokens
     return Denominators(tokens, float(sum(map(sum, usable))), float(sum(map(any, usable))))
+
+
+class RankedObjective:
+    """What objectives over the ordered pairs of siblings share."""
+
+    def count(self, groups: Sequence[TrainGroup]) -> Denominators:
+        """Ranked sequences of groups that have an ordered pair."""
+        return count_ranked(groups)
+
+
+def pair_metrics(gaps: Tensor, pairs: OrderedPairs, *, scale: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs put the right way round, of which an even one is half a one, and the mean gap.
+
+    Args:
+        gaps: Better less worse. [M]
+        pairs: The pairs.
+        scale: Factor of the reported gap.
+    """
+    fixed, num_pairs = gaps.detach(), pairs.num_pairs.sum()
+    right = (fixed > 0).to(fixed.dtype) + (fixed == 0).to(fixed.dtype) / 2
+    return {"pair_accuracy": (right.sum(), num_pairs), "margin": (scale * fixed.sum(), num_pairs)}
 
 
 def token_metric(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 
 from rlhf.maths.ops import masked_sum
@@ -14,16 +12,16 @@ from rlhf.objectives.base import (
     Head,
     LossResult,
     ModelOutputs,
+    RankedObjective,
     TokenSignals,
-    count_ranked,
+    pair_metrics,
     required,
     trained_mask,
 )
 from rlhf.objectives.config import PreferenceConfig
-from rlhf.types import TrainGroup
 
 
-class PreferenceObjective:
+class PreferenceObjective(RankedObjective):
     """DPO (Rafailov et al. 2023, eq. 7), smoothed labels (Mitchell 2023) and IPO (Azar et al. 2023, eq. 17).
 
     With h = (log pi - log ref)(better) - (log pi - log ref)(worse), over the trained tokens of a completion:
@@ -37,10 +35,6 @@ class PreferenceObjective:
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
-
-    def count(self, groups: Sequence[TrainGroup]) -> Denominators:
-        """Ranked sequences of groups that have an ordered pair."""
-        return count_ranked(groups)
 
     def loss(
         self, outputs: ModelOutputs, batch: PackedBatch, signals: TokenSignals, denominators: Denominators
@@ -63,12 +57,9 @@ class PreferenceObjective:
         else:
             per_pair = (gaps - 1 / (2 * config.beta)).square()
         total = (per_pair * pairs.share).sum()
-        fixed, num_pairs = gaps.detach(), pairs.num_pairs.sum()
-        rewards = config.beta * gains.detach()
-        metrics = {
+        rewards, num_pairs = config.beta * gains.detach(), pairs.num_pairs.sum()
+        metrics = pair_metrics(gaps, pairs, scale=config.beta) | {
             "preference_loss": (total.detach(), pairs.share.sum()),
-            "pair_accuracy": ((fixed > 0).to(fixed.dtype).sum() + (fixed == 0).to(fixed.dtype).sum() / 2, num_pairs),
-            "margin": (config.beta * fixed.sum(), num_pairs),
             "better_reward": (rewards[pairs.better].sum(), num_pairs),
             "worse_reward": (rewards[pairs.worse].sum(), num_pairs),
         }

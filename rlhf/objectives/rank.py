@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
@@ -15,15 +13,15 @@ from rlhf.objectives.base import (
     Head,
     LossResult,
     ModelOutputs,
+    RankedObjective,
     TokenSignals,
-    count_ranked,
+    pair_metrics,
     required,
 )
 from rlhf.objectives.config import RankConfig
-from rlhf.types import TrainGroup
 
 
-class RankObjective:
+class RankObjective(RankedObjective):
     """Pairwise loss over all ordered pairs of siblings (InstructGPT, Ouyang et al. 2022, eq. 1).
 
     With d = r_better - r_worse - margin, mean over the pairs of a prompt and then over prompts of
@@ -38,10 +36,6 @@ class RankObjective:
 
     def __init__(self, config: RankConfig) -> None:
         self.config = config
-
-    def count(self, groups: Sequence[TrainGroup]) -> Denominators:
-        """Ranked sequences of groups that have an ordered pair."""
-        return count_ranked(groups)
 
     def loss(
         self, outputs: ModelOutputs, batch: PackedBatch, signals: TokenSignals, denominators: Denominators
@@ -58,11 +52,8 @@ class RankObjective:
         present = ~torch.isnan(ranks) & paired[batch.group_index]
         sums = group_sum(torch.where(present, scores, 0.0), batch.group_index, batch.num_groups)
         means = sums / group_sum(present.to(scores.dtype), batch.group_index, batch.num_groups).clamp(min=1)
-        right = (gaps.detach() > 0).to(gaps.dtype) + (gaps.detach() == 0).to(gaps.dtype) / 2
-        metrics = {
+        metrics = pair_metrics(gaps, pairs) | {
             "rank_loss": (total.detach(), here),
-            "pair_accuracy": (right.sum(), pairs.num_pairs.sum()),
-            "margin": (gaps.detach().sum(), pairs.num_pairs.sum()),
             "score": (means.detach().sum(), here),
         }
         loss = total + self.config.centring * means.square().sum()
