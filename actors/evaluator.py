@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from actors.store import Store
+from actors.store import Store, fetch_all, fetch_payload
+from rlhf.errors import DataError
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.evaluation.independent import VaderScorer, request_sign
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.evaluation.reward_model import pair_accuracy
 from rlhf.runs import tables
-from rlhf.types import GroupHandle, Ranking, RolloutGroup
+from rlhf.types import GroupHandle, Prompt, Ranking, RolloutGroup
 
 Arms = Mapping[str, Sequence[GroupHandle]]
 """Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` and, with a reward model,
@@ -52,8 +53,9 @@ class EvaluatorWorker:
         """
         rows: list[EvalCompletion] = []
         for arm, groups in arms.items():
-            for handle in groups:
-                siblings = self._rows(arm, handle)
+            payloads = fetch_all(groups, self._store, fetch_payload, where="evaluator")
+            for handle, group in zip(groups, payloads, strict=True):
+                siblings = self._rows(arm, handle, group)
                 rows += siblings[:num_samples]
                 if len(siblings) > num_samples:
                     rows += _best(siblings)
@@ -68,19 +70,27 @@ class EvaluatorWorker:
             rankings: The judge's orders, by what was asked for.
         """
         ranks_by_uid = {ranking.uid: ranking.ranks for ranking in rankings}
-        scores, ranks = [], []
-        for handle in groups:
-            if handle.uid in ranks_by_uid:
-                group: RolloutGroup = self._store.get(handle.payload)
-                request = group.prompt.fields[self._config.slice_field]
-                sign = request_sign(request, self._config.independent.request_signs)
-                texts = [rollout.completion.text for rollout in group.rollouts]
-                scores.append([sign * value for value in self._scorer.score(texts)])
-                ranks.append(ranks_by_uid[handle.uid])
+        ranked = [handle for handle in groups if handle.uid in ranks_by_uid]
+        scores = []
+        for group in fetch_all(ranked, self._store, fetch_payload, where="evaluator"):
+            sign = request_sign(self._request(group.prompt), self._config.independent.request_signs)
+            texts = [rollout.completion.text for rollout in group.rollouts]
+            scores.append([sign * value for value in self._scorer.score(texts)])
+        ranks = [ranks_by_uid[handle.uid] for handle in ranked]
         return pair_accuracy(scores, ranks, self._config.bootstrap).model_dump()
 
-    def _rows(self, arm: str, handle: GroupHandle) -> list[EvalCompletion]:
-        group: RolloutGroup = self._store.get(handle.payload)
+    def _request(self, prompt: Prompt) -> str:
+        field = self._config.slice_field
+        if field not in prompt.fields:
+            raise DataError(
+                f"prompt {prompt.uid}",
+                found=f"no field {field!r}",
+                needed="the field that names its slice",
+                action="Add the column to the prompts, or name another one as slice_field.",
+            )
+        return prompt.fields[field]
+
+    def _rows(self, arm: str, handle: GroupHandle, group: RolloutGroup) -> list[EvalCompletion]:
         fields = group.prompt.fields
         reference = self._store.get(handle.annotations["reference_log_probs"])
         compounds = self._scorer.score([rollout.completion.text for rollout in group.rollouts])
@@ -96,7 +106,7 @@ class EvaluatorWorker:
                     sample=sample,
                     arm=arm,
                     prompt=tables.prompt_text(group.prompt),
-                    request=fields[self._config.slice_field],
+                    request=self._request(group.prompt),
                     subject=fields.get(self._config.subject_field, ""),
                     keywords=fields.get(self._config.keywords_field, ""),
                     text=completion.text,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.store import Store
+from actors.store import Store, fetch_all, fetch_payload
 from actors.vllm.config import EngineConfig
 from actors.vllm.engine import Request, VllmEngine
 from actors.vllm.processes import Cores
@@ -90,9 +90,7 @@ class JudgeBase(ABC):
         began = time.monotonic()
         rules = self._named(constitution)
         centre = await self._centre(constitution, rules)
-        payloads: list[RolloutGroup] = await asyncio.to_thread(
-            lambda: [self._store.get(group.payload) for group in groups]
-        )
+        payloads = await asyncio.to_thread(fetch_all, groups, self._store, fetch_payload, where=self._judge)
         questions = [build_requests(rules, payload, seed=self._seed) for payload in payloads]
         signs = [rules.sign_of(payload.prompt) for payload in payloads]
         answers = await self._answers(rules, payloads, questions)

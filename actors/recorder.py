@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.store import Store
+from actors.store import Store, fetch_all, fetch_payload
 from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
 from rlhf.errors import RecordError
@@ -91,8 +91,8 @@ class RecorderWorker:
     def record_verdicts(self, name: str, groups: Sequence[GroupHandle], verdicts: Sequence[Sequence[Verdict]]) -> int:
         """Writes the verdicts on groups, one sequence per group, with the texts judged; returns the number of rows."""
         rows = []
-        for handle, given in zip(groups, verdicts, strict=True):
-            rows += tables.verdict_rows(self._group(handle), given)
+        for group, given in zip(self._groups(groups), verdicts, strict=True):
+            rows += tables.verdict_rows(group, given)
         tables.write_table(self._path("verdicts", name), rows, tables.VERDICTS)
         return len(rows)
 
@@ -116,7 +116,7 @@ class RecorderWorker:
         scores = [
             pointwise_scores(len(ranking.ranks), given) for ranking, given in zip(rankings, verdicts, strict=True)
         ]
-        trained = groups_from_feedback([self._group(handle) for handle in groups], rankings, scores)
+        trained = groups_from_feedback(self._groups(groups), rankings, scores)
         write_groups(self._run / "groups" / f"{name}.parquet", trained)
 
     def import_people_feedback(self, config: PreferenceDataConfig, model: Path, max_tokens: int) -> int:
@@ -200,14 +200,13 @@ class RecorderWorker:
 
     def _write_groups(self, name: str, groups: Sequence[GroupHandle], step: int | None) -> int:
         rows = []
-        for handle in groups:
-            rows += tables.rollout_rows(self._group(handle), handle.scores, step)
+        for handle, group in zip(groups, self._groups(groups), strict=True):
+            rows += tables.rollout_rows(group, handle.scores, step)
         tables.write_table(self._path("rollouts", name), rows, tables.ROLLOUTS)
         return len(rows)
 
-    def _group(self, handle: GroupHandle) -> RolloutGroup:
-        group: RolloutGroup = self._store.get(handle.payload)
-        return group
+    def _groups(self, handles: Sequence[GroupHandle]) -> list[RolloutGroup]:
+        return fetch_all(handles, self._store, fetch_payload, where="recorder")
 
     def _handle(self, group: RolloutGroup) -> GroupHandle:
         versions = [span.version for r in group.rollouts for span in r.completion.version_spans]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.store import Store
+from actors.store import Store, fetch_all, fetch_payload
 from rlhf.rewards.rules import RuleConfig, score_group
 from rlhf.types import GroupHandle, Score
 
@@ -26,7 +26,8 @@ class RulesWorker:
 
     def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """Returns, per group, one score per sibling."""
-        return [score_group(self._rules, self._store.get(handle.payload)) for handle in groups]
+        payloads = fetch_all(groups, self._store, fetch_payload, where="rules")
+        return [score_group(self._rules, payload) for payload in payloads]
 
     def stop(self) -> None:
         """Nothing to give back."""

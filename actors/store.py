@@ -6,20 +6,28 @@ long-lived actor, so that a rollout outlives the generation replica that drew it
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
-from rlhf.types import Handle
+from rlhf.errors import DeadlineError, RolloutsLostError, ValueLostError
+from rlhf.types import GroupHandle, Handle, RolloutGroup
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
-    """Puts and gets values that are too large for a message."""
+    """Puts and gets values that are too large for a message. Both may wait, so an event loop calls them in a thread."""
 
     def put(self, value: Any) -> Handle:
         """Stores a value and returns its handle."""
         ...
 
     def get(self, handle: Handle) -> Any:
-        """Returns the value; numpy arrays are shared and read-only."""
+        """Returns the value; numpy arrays are shared and read-only.
+
+        Raises:
+            ValueLostError: It went away with its node.
+        """
         ...
 
 
@@ -55,16 +63,80 @@ class RayStore:
         self._timeout_s = timeout_s
 
     def put(self, value: Any) -> Handle:
-        """Stores a value; with an owner, returns when the owner has it."""
+        """Stores a value; with an owner, returns when the owner has it.
+
+        Raises:
+            DeadlineError: The owner did not take it in time.
+        """
         import ray
 
         if self._owner is None:
             return ray.put(value)
-        [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
+        try:
+            [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            self._too_late("put", "the owner's answer")
         return handle
 
     def get(self, handle: Handle) -> Any:
-        """Fetches a value; raises Ray's ``ObjectLostError`` family where its node is gone."""
+        """Fetches a value.
+
+        Raises:
+            ValueLostError: Its node is gone, or its owner.
+            DeadlineError: It did not come in time.
+        """
         import ray
 
-        return ray.get(handle, timeout=self._timeout_s)
+        try:
+            return ray.get(handle, timeout=self._timeout_s)
+        except ray.exceptions.ObjectLostError as error:
+            raise ValueLostError(
+                f"object store, {handle}",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                needed="the value that was put",
+                action="Look for a node that went away.",
+            ) from error
+        except ray.exceptions.GetTimeoutError:
+            self._too_late("get", "the value")
+
+    def _too_late(self, what: str, needed: str) -> NoReturn:
+        raise DeadlineError(
+            f"object store, {what}",
+            found=f"nothing after {self._timeout_s:.0f} s",
+            needed=needed,
+            action="Look at the recorder's log and at the network between the nodes.",
+        ) from None
+
+
+def fetch_payload(handle: GroupHandle, store: Store) -> RolloutGroup:
+    """Reads one rollout group."""
+    group: RolloutGroup = store.get(handle.payload)
+    return group
+
+
+def fetch_all(
+    handles: Sequence[GroupHandle], store: Store, read: Callable[[GroupHandle, Store], T], *, where: str
+) -> list[T]:
+    """Reads groups in order.
+
+    Args:
+        handles: What to read.
+        store: Where it lives.
+        read: How one group is read, for example ``fetch_payload``.
+        where: Who reads, for the error.
+
+    Raises:
+        RolloutsLostError: Some went away with their node; it names all of them.
+    """
+    found: list[T] = []
+    lost: list[str] = []
+    cause = ""
+    for handle in handles:
+        try:
+            found.append(read(handle, store))
+        except ValueLostError as error:
+            lost.append(handle.uid)
+            cause = cause or error.found
+    if lost:
+        raise RolloutsLostError.of(where, lost, cause)
+    return found

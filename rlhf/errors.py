@@ -6,6 +6,7 @@ worker process can raise one and the driver sees the same type. The exit code of
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -63,6 +64,45 @@ class ReplicaLostError(RlhfError):
 
 class EngineError(RlhfError):
     """A generation engine failed or died; its unfinished prompts are dispatched again by uid."""
+
+
+class ValueLostError(RlhfError):
+    """What a handle stands for went away with the node that held it."""
+
+
+class RolloutsLostError(RlhfError):
+    """Rollout groups went away with the node that held them; their prompts are dispatched again by uid.
+
+    Args:
+        where: Who tried to read them.
+        found: As in ``RlhfError``; so are the next two.
+        needed: See there.
+        action: See there.
+        uids: Prompts of the lost groups.
+    """
+
+    def __init__(self, where: str, *, found: str, needed: str, action: str, uids: Iterable[str] = ()) -> None:
+        super().__init__(where, found=found, needed=needed, action=action)
+        self.uids = tuple(uids)
+
+    @classmethod
+    def of(cls, where: str, uids: Sequence[str], cause: str) -> RolloutsLostError:
+        """The error for at least one lost group; ``cause`` is what reading the first of them gave."""
+        more = f" and {len(uids) - 1} more" if len(uids) > 1 else ""
+        return cls(
+            where,
+            found=f"no rollouts of {uids[0]!r}{more} ({cause})",
+            needed="every group that was drawn",
+            action="They are drawn again once; lost again, they end the stage. Look for a node that went away.",
+            uids=uids,
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_lost, (self.where, self.found, self.needed, self.action, self.uids)
+
+
+def _rebuild_lost(where: str, found: str, needed: str, action: str, uids: tuple[str, ...]) -> RolloutsLostError:
+    return RolloutsLostError(where, found=found, needed=needed, action=action, uids=uids)
 
 
 class JudgeError(RlhfError):

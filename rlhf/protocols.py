@@ -31,7 +31,7 @@ class RewardSource(Protocol):
     """Scores rollout groups: a reward model, a judge or rule functions. Stateless, so a call may be repeated.
 
     A completion that could not be scored comes back as ``Score(None, error=...)``; only the loss of the whole source
-    raises (``ScorerError``).
+    raises (``ScorerError``), and that of the groups themselves (``RolloutsLostError``).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Judge(Protocol):
     """Gives verdicts on rollout groups under a constitution. Stateless, so a call may be repeated.
 
     A missing verdict is a ``Verdict`` with value None and its error; only the loss of the whole fleet raises
-    (``JudgeError``).
+    (``JudgeError``), and that of the groups themselves (``RolloutsLostError``).
     """
 
     async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
@@ -54,7 +54,10 @@ class Judge(Protocol):
 
 
 class Annotator(Protocol):
-    """Adds per-token arrays (reference log-probs, values) to groups; the arrays stay in the object store."""
+    """Adds per-token arrays (reference log-probs, values) to groups; the arrays stay in the object store.
+
+    A call may be repeated; groups that are gone raise ``RolloutsLostError``.
+    """
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Returns the groups with one more entry in ``annotations``, in the same order."""
@@ -65,7 +68,8 @@ class Learner(Protocol):
     """A gang of ranks that trains one model. Owned by the runner; restarts as a whole from a verified checkpoint.
 
     ``update`` is atomic: either every rank applied it, or ``LearnerError`` is raised and the gang is gone.
-    A non-finite gradient is not an error: all ranks skip together and the metrics say ``skipped = 1``.
+    Groups that are gone raise ``RolloutsLostError`` before any rank has begun: the gang lives, its weights are as they
+    were. A non-finite gradient is not an error: all ranks skip together and the metrics say ``skipped = 1``.
     """
 
     async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
@@ -109,7 +113,10 @@ class PhaseGate(Protocol):
 
 
 class Recorder(Protocol):
-    """Keeps every sample, score, verdict and ranking; written by workers, never through the driver."""
+    """Keeps every sample, score, verdict and ranking; written by workers, never through the driver.
+
+    A call may be repeated, and replaces what it wrote; groups that are gone raise ``RolloutsLostError``.
+    """
 
     async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
         """Writes the groups with their scores; returns when they are on disk."""

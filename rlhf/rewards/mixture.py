@@ -36,8 +36,8 @@ def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
 class Mixture:
     """Asks every source in turn and adds up what they say, as the parts weigh it.
 
-    A call that fails as a whole raises the source's ``ScorerError``. Sources are asked one after the other: they share
-    the devices of one phase.
+    A call that fails as a whole raises what its source raised, changes nothing and may be repeated. Sources are asked
+    one after the other: they share the devices of one phase.
 
     Args:
         sources: In the order of ``parts``, each named after its part's source.
@@ -67,9 +67,13 @@ class Mixture:
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``."""
+        asked = [await source.score(groups) for source in self._sources]
+        for part, answer in zip(self._parts, asked, strict=True):  # after the last source: a failed call counts nowhere
+            if part.normalise and self._learn_moments:
+                self._moments[part.source].update(score.value for siblings in answer for score in siblings)
         answers = [
-            [[self._shape(part, score) for score in siblings] for siblings in await self._ask(source, part, groups)]
-            for source, part in zip(self._sources, self._parts, strict=True)
+            [[self._shape(part, score) for score in siblings] for siblings in answer]
+            for part, answer in zip(self._parts, asked, strict=True)
         ]
         return [
             tuple(self._combine([answer[g][k] for answer in answers]) for k in range(len(group.completion_lengths)))
@@ -93,14 +97,6 @@ class Mixture:
         return combine_scores(
             [(part.source, part.weight, score) for part, score in zip(self._parts, scores, strict=True)]
         )
-
-    async def _ask(
-        self, source: RewardSource, part: RewardPart, groups: Sequence[GroupHandle]
-    ) -> list[tuple[Score, ...]]:
-        scores = await source.score(groups)
-        if part.normalise and self._learn_moments:
-            self._moments[part.source].update(score.value for siblings in scores for score in siblings)
-        return scores
 
     def _shape(self, part: RewardPart, score: Score) -> Score:
         if score.value is None:

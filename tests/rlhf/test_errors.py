@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from rlhf import errors
-from rlhf.errors import ConfigError, DataError, PlacementError, RlhfError
+from rlhf.errors import ConfigError, DataError, PlacementError, RlhfError, RolloutsLostError
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, RlhfError)]
 
@@ -26,6 +26,12 @@ def test_every_error_survives_pickling_and_copying(kind):
             "8 GPUs on one node",
             "Set learner.nodes=2.",
         )
+
+
+def test_lost_rollouts_are_named_also_after_pickling():
+    error = pickle.loads(pickle.dumps(RolloutsLostError.of("scorer", ["p0", "p3"], "a node went away")))
+    assert error.uids == ("p0", "p3")
+    assert str(error).startswith("scorer: found no rollouts of 'p0' and 1 more (a node went away); needed every group")
 
 
 def test_the_message_says_where_found_needed_and_what_to_do():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import StrictModel, validate
-from rlhf.errors import ConfigError, ScorerError
+from rlhf.errors import ConfigError, RolloutsLostError, ScorerError
 from rlhf.protocols import RewardSource
 from rlhf.rewards.config import RewardParts
 from rlhf.rewards.mixture import Mixture, combine_scores
@@ -75,6 +75,18 @@ def test_the_loss_of_a_source_is_not_swallowed():
     lost = ScorerError("judge", found="a dead fleet", needed="a replica", action="See the log.")
     with pytest.raises(ScorerError):
         score(Mixture([FakeSource("judge", lost)], parts({"source": "judge"})), 1)
+
+
+def test_a_call_that_failed_half_way_counts_nowhere_and_may_be_repeated():
+    lost = RolloutsLostError.of("judge", ["p0"], "a node went away")
+    sources = [FakeSource("reward_model", [[1.0, 3.0]], [[1.0, 3.0]]), FakeSource("judge", lost, [[0.0, 0.0]])]
+    mixture = Mixture(sources, parts({**MODEL, "normalise": True}, JUDGE))
+    untouched = mixture.state()
+    with pytest.raises(RolloutsLostError):
+        score(mixture, 2)
+    assert mixture.state() == untouched
+    score(mixture, 2)
+    assert mixture.state()["reward_model"]["count"] == 2
 
 
 def test_normalised_parts_follow_what_was_scored_and_validation_changes_nothing():
