@@ -9,30 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import await_ref, gather_all, kill
-from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError
+from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError, RolloutsLostError
+from rlhf.maths.packing import deal
 from rlhf.types import GroupHandle
-
-
-def balance(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Shares indices out so that ranks carry nearly equal tokens: longest first, each to the lightest rank.
-
-    Every rank gets at least one index; raises ``LearnerError`` if there are fewer items than ranks. Deterministic;
-    each rank's indices are in ascending order.
-    """
-    if len(lengths) < num_ranks:
-        raise LearnerError(
-            "learner batch",
-            found=f"{len(lengths)} groups for {num_ranks} ranks",
-            needed="at least one group a rank",
-            action="Raise loop.prompts_per_step or lower roles.learner.ranks.",
-        )
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], len(shares[r]), r))
-        shares[rank].append(index)
-        loads[rank] += lengths[index]
-    return [sorted(share) for share in shares]
 
 
 class LearnerGang:
@@ -60,6 +39,7 @@ class LearnerGang:
         Raises:
             LearnerError: A rank died, hung or failed; the whole gang has been ended.
             NonFiniteError: Too many updates in a row were not finite.
+            RolloutsLostError: Groups went away with their node; the gang lives and its weights are as they were.
         """
         self._require_ranks()
         refs = [getattr(handle, method).remote(*args_of_rank(rank)) for rank, handle in enumerate(self.ranks)]
@@ -76,6 +56,8 @@ class LearnerGang:
                 needed="every rank",
                 action="The gang restarts from the last verified checkpoint.",
             ) from error
+        except RolloutsLostError:  # all ranks raise it, none has changed
+            raise
         except RlhfError:
             self.kill()
             raise
@@ -99,7 +81,7 @@ class LearnerGang:
     async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
         """See ``Learner.update``; groups are shared out over ranks by tokens."""
         self._require_ranks()
-        shares = balance([group.num_tokens for group in groups], len(self.ranks))
+        shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
             results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
         metrics = dict(results[0])
@@ -115,7 +97,7 @@ class LearnerGang:
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds the critic's per-token values to each group (PPO)."""
         self._require_ranks()
-        shares = balance([group.num_tokens for group in groups], len(self.ranks))
+        shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
             results = await self.call("annotate", lambda rank: ([groups[i] for i in shares[rank]],))
         annotated: dict[int, GroupHandle] = {}

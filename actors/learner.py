@@ -7,7 +7,6 @@ not change what is learned.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +21,11 @@ from actors.ranks import ProcessGroup, RankInfo, free_port
 from actors.scorer import ScoreNormaliser
 from actors.settings import LearnerConfig
 from actors.step_totals import StepTotals
-from actors.store import Store
+from actors.store import Store, fetch_all
 from actors.training_groups import fetch_group
 from rlhf.algorithms.build import build_algorithm
 from rlhf.algorithms.config import AlgorithmConfig
-from rlhf.errors import ConfigError, DataError, LearnerError
+from rlhf.errors import ConfigError, DataError, LearnerError, RolloutsLostError
 from rlhf.maths.packing import PackedBatch, pack, pad_tokens
 from rlhf.models.forward import PackedModel
 from rlhf.models.load import load_policy, load_scalar, load_tokenizer
@@ -113,7 +112,10 @@ class LearnerWorker:
 
     def rendezvous(self) -> tuple[str, int]:
         """This rank's address and a free port, where it is to be rank 0."""
-        return socket.gethostbyname(socket.gethostname()), free_port()
+        import ray
+
+        # Not the address of the host's own name: on many machines that is 127.0.1.1, which no other node can reach.
+        return ray.util.get_node_ip_address(), free_port()
 
     def join(self, address: str, port: int) -> None:
         """Tells the rank where rank 0 waits; before ``start``."""
@@ -172,11 +174,13 @@ class LearnerWorker:
         Raises:
             NonFiniteError: The third optimizer step in a row with a number that is not finite.
             DataError: A group misses what the algorithm needs.
+            RolloutsLostError: Groups of some rank went away with their node; every rank says so, before any of them
+                has computed anything.
         """
         if self._algorithm is None:
             raise LearnerError("update", found="an offline objective", needed="an algorithm", action="Use train_step.")
         algorithm = self._algorithm
-        found = [fetch_group(handle, self._store) for handle in groups]
+        found = self._fetch(groups)
         if algorithm.needs_reference:
             found = self._with_reference(found)
         batch = pack(found, pad_id=self._pad_id)
@@ -190,6 +194,21 @@ class LearnerWorker:
             for part in self._mini_batches(len(found), algorithm.num_mini_batches):
                 self._optimizer_step(found, part, _StepSignals(batch, signals), steps)
         return steps.reduced(self._group)
+
+    def _fetch(self, handles: Sequence[GroupHandle]) -> list[TrainGroup]:
+        """Reads this rank's groups; where any rank lacks some, all of them raise the same error."""
+        found: list[TrainGroup] = []
+        lost: tuple[str, ...] = ()
+        cause = "seen by another rank"
+        try:
+            found = fetch_all(handles, self._store, fetch_group, where="learner")
+        except RolloutsLostError as error:
+            lost, cause = error.uids, error.found
+        # The ranks agree here, as one that went on alone would wait in its next collective for the others.
+        lost_anywhere = self._group.gather_names(lost)
+        if lost_anywhere:
+            raise RolloutsLostError.of("learner", lost_anywhere, cause)
+        return found
 
     def _mini_batches(self, num_groups: int, num_parts: int) -> list[range]:
         parts = [range(start, num_groups, num_parts) for start in range(num_parts)]
@@ -270,14 +289,13 @@ class LearnerWorker:
 
     def log_probs(self, groups: Sequence[GroupHandle], *, reference: bool) -> list[Any]:
         """Handles of every group's log-probs: under the current weights, or under the reference (adapter off)."""
-        found = [fetch_group(handle, self._store) for handle in groups]
+        found = self._fetch(groups)
         values = self._runner.reference_log_probs(found) if reference else self._runner.log_probs(found)
         return [self._store.put(value) for value in values]
 
     def values(self, groups: Sequence[GroupHandle]) -> list[Any]:
         """Handles of the critic's per-token values of every group."""
-        found = [fetch_group(handle, self._store) for handle in groups]
-        return [self._store.put(value) for value in self._runner.values(found)]
+        return [self._store.put(value) for value in self._runner.values(self._fetch(groups))]
 
     def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds what this learner knows: a critic its values, a policy its reference's log-probs."""

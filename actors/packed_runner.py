@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from actors.deepspeed.engine import TrainEngine
 from actors.ranks import ProcessGroup
 from actors.settings import LearnerConfig
 from actors.training_groups import TokenValues, frozen_log_probs, row_length
-from rlhf.maths.packing import PackedBatch, pack, plan_micro_batches, split_by_length, split_plan
+from rlhf.maths.packing import PackedBatch, pack, plan_micro_batches, split_by_group, split_by_length, split_plan
 from rlhf.models.adapters import has_adapter, without_adapter
 from rlhf.models.load import load_policy
 from rlhf.types import TrainGroup
+
+T = TypeVar("T")
 
 
 class PackedRunner:
@@ -49,7 +51,7 @@ class PackedRunner:
         """This rank's micro-batches; every rank gets the same number, empty ones at the end where it has too few."""
         lengths = [row_length(group) for group in groups]
         limit = self._config.max_tokens_per_micro_batch
-        plan = plan_micro_batches(lengths, num_ranks=1, max_tokens=limit)[0] if lengths else []
+        plan = plan_micro_batches(lengths, max_tokens=limit)
         wanted = self._group.max_int(len(plan))
         return split_plan(plan, wanted) if plan else [[] for _ in range(wanted)]
 
@@ -59,33 +61,27 @@ class PackedRunner:
 
     def log_probs(self, groups: Sequence[TrainGroup]) -> list[TokenValues]:
         """Under the current weights, in the groups' order."""
-        return self._per_token(groups, {"temperature": self._temperature, "need_entropy": False})
+        return self._run(groups, {"temperature": self._temperature, "need_entropy": False}, split_by_length)
 
     def values(self, groups: Sequence[TrainGroup]) -> list[TokenValues]:
         """The critic's value of the state before each token, in the groups' order."""
-        return self._per_token(groups, {"per_token": True})
+        return self._run(groups, {"per_token": True}, split_by_length)
 
-    def _per_token(self, groups: Sequence[TrainGroup], options: dict[str, Any]) -> list[TokenValues]:
-        found: dict[int, TokenValues] = {}
+    def scores(self, groups: Sequence[TrainGroup]) -> list[list[float]]:
+        """The reward model's score of each completion, in the groups' order."""
+        return self._run(groups, {"per_token": False}, split_by_group)
+
+    def _run(
+        self, groups: Sequence[TrainGroup], options: dict[str, Any], split: Callable[[Tensor, PackedBatch], list[T]]
+    ) -> list[T]:
+        found: dict[int, T] = {}
         with self._engine.inference():
             for indices in self.plan(groups):
                 batch = self.pack([groups[i] for i in indices])
                 outputs = self._engine.forward(batch.to(self._group.device), options)
                 (values,) = outputs.values()
                 if indices:
-                    found |= dict(zip(indices, split_by_length(values, batch), strict=True))
-        return [found[i] for i in range(len(groups))]
-
-    def scores(self, groups: Sequence[TrainGroup]) -> list[list[float]]:
-        """The reward model's score of each completion, in the groups' order."""
-        found: dict[int, list[float]] = {}
-        with self._engine.inference():
-            for indices in self.plan(groups):
-                batch = self.pack([groups[i] for i in indices]).to(self._group.device)
-                scores = self._engine.forward(batch, {"per_token": False})["sequence_scores"].tolist()
-                for i in indices:
-                    siblings = len(groups[i].completion_ids)
-                    found[i], scores = scores[:siblings], scores[siblings:]
+                    found |= dict(zip(indices, split(values, batch), strict=True))
         return [found[i] for i in range(len(groups))]
 
     def reference_log_probs(self, groups: Sequence[TrainGroup]) -> list[TokenValues]:

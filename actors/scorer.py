@@ -7,16 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from torch import nn
 
-from actors.store import Store
-from actors.training_groups import fetch_group, frozen_scores
+from actors.frozen import FrozenWorker
+from actors.training_groups import frozen_scores
 from rlhf.errors import ConfigError
 from rlhf.models.load import load_scalar
-from rlhf.models.settings import ModelConfig
 from rlhf.types import GroupHandle, Score
 
 NORMALISER_FILE = "rlhf-reward.json"
@@ -65,45 +62,17 @@ def _bad_normaliser(path: Path, found: str) -> ConfigError:
     )
 
 
-class ScorerWorker:
-    """Scores rollout groups with a reward model; stateless, so a call may be repeated.
+class ScorerWorker(FrozenWorker):
+    """Scores rollout groups with a reward model; arguments as for ``FrozenWorker``."""
 
-    Args:
-        model: The reward model's folder.
-        store: Where rollouts live.
-        dtype: What it computes in.
-        threads: CPU threads; None leaves torch's default.
-        max_tokens_per_batch: Most padded tokens of one forward pass.
-        device: Where it runs; None takes a GPU where this process has one.
-    """
+    _normaliser: ScoreNormaliser
 
-    def __init__(
-        self,
-        model: Path,
-        store: Store,
-        *,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        threads: int | None = None,
-        max_tokens_per_batch: int = 8192,
-        device: str | None = None,
-    ) -> None:
-        self._folder = Path(model)
-        self._config = ModelConfig(path=str(model), dtype=dtype)
-        self._store = store
-        self._threads = threads
-        self._max_tokens = max_tokens_per_batch
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: nn.Module | None = None
-        self._normaliser = ScoreNormaliser()
-
-    def start(self) -> None:
+    def _load(self) -> nn.Module:
         """Loads the model and its normaliser.
 
         Raises:
             ConfigError: The folder holds no reward model: a language model's head would be drawn at random.
         """
-        if self._threads:
-            torch.set_num_threads(self._threads)
         settings = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         if not any("SequenceClassification" in name for name in settings.get("architectures") or []):
             raise ConfigError(
@@ -113,21 +82,18 @@ class ScorerWorker:
                 action="Train it with a reward stage, or name another folder.",
             )
         self._normaliser = ScoreNormaliser.read(self._folder)
-        self._model = load_scalar(self._config).eval().to(self._device)
+        return load_scalar(self._config)
 
     def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
-        """Returns, per group, one score per sibling; a number that is not finite is a missing score with its error."""
-        assert self._model is not None, "start() comes first"
-        found = frozen_scores(
-            self._model, [fetch_group(handle, self._store) for handle in groups], max_tokens=self._max_tokens
-        )
+        """Returns, per group, one score per sibling; a number that is not finite is a missing score with its error.
+
+        Raises:
+            RolloutsLostError: Groups went away with their node.
+        """
+        found = frozen_scores(self._model, self._fetch(groups), max_tokens=self._max_tokens)
         return [tuple(self._to_score(value) for value in values) for values in found]
 
     def _to_score(self, value: float) -> Score:
         if not math.isfinite(value):
             return Score(None, error=f"the reward model gave {value}")
         return Score((value - self._normaliser.mean) / self._normaliser.std, components={"reward_model_raw": value})
-
-    def stop(self) -> None:
-        """Drops the model."""
-        self._model = None

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from actors.store import Store
+from actors.store import Store, fetch_payload
 from rlhf.errors import DataError
-from rlhf.maths.packing import pack, plan_micro_batches, split_by_length
+from rlhf.maths.packing import PackedBatch, pack, plan_micro_batches, split_by_group, split_by_length
 from rlhf.models.forward import language_outputs, scalar_outputs
-from rlhf.types import GroupHandle, RolloutGroup, TrainGroup
+from rlhf.types import GroupHandle, TrainGroup
+
+T = TypeVar("T")
 
 TokenValues = tuple[NDArray[np.float32], ...]
 """K float32 arrays [T_k]."""
 
 
 def fetch_group(handle: GroupHandle, store: Store) -> TrainGroup:
-    """Reads a group and its annotations; scores come from the handle, NaN where missing."""
-    group: RolloutGroup = store.get(handle.payload)
+    """Reads a group and its annotations; scores come from the handle, NaN where missing.
+
+    Raises:
+        ValueLostError: The group or one of its annotations went away with its node.
+    """
+    group = fetch_payload(handle, store)
     completions = [rollout.completion for rollout in group.rollouts]
     if handle.scores and len(handle.scores) != len(completions):
         raise DataError(
@@ -53,38 +60,40 @@ def row_length(group: TrainGroup) -> int:
 
 def batches(groups: Sequence[TrainGroup], max_tokens: int) -> Iterator[list[int]]:
     """Indices of groups that go through the model together, similar lengths side by side."""
-    if groups:
-        yield from plan_micro_batches([row_length(g) for g in groups], num_ranks=1, max_tokens=max_tokens)[0]
+    yield from plan_micro_batches([row_length(g) for g in groups], max_tokens=max_tokens)
 
 
 def frozen_log_probs(
     model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, temperature: float
 ) -> list[TokenValues]:
     """Log-probs of every completion under a model that does not train, in the groups' order."""
-    found: dict[int, TokenValues] = {}
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        for indices in batches(groups, max_tokens):
-            batch = pack([groups[i] for i in indices], pad_id=0).to(device)
-            outputs = language_outputs(model, batch, temperature=temperature)
-            if outputs.log_probs is not None:
-                found |= dict(zip(indices, split_by_length(outputs.log_probs, batch), strict=True))
-    return [found[i] for i in range(len(groups))]
+
+    def read(batch: PackedBatch) -> list[TokenValues]:
+        log_probs = language_outputs(model, batch, temperature=temperature).log_probs
+        assert log_probs is not None, "a language model gives them"
+        return split_by_length(log_probs, batch)
+
+    return _read_batches(model, groups, max_tokens, read)
 
 
-def frozen_scores(model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int) -> list[tuple[float, ...]]:
+def frozen_scores(model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int) -> list[list[float]]:
     """Scores of every completion under a reward model, in the groups' order."""
-    found: dict[int, tuple[float, ...]] = {}
+
+    def read(batch: PackedBatch) -> list[list[float]]:
+        scores = scalar_outputs(model, batch, per_token=False).sequence_scores
+        assert scores is not None, "a scalar model gives them"
+        return split_by_group(scores, batch)
+
+    return _read_batches(model, groups, max_tokens, read)
+
+
+def _read_batches(
+    model: nn.Module, groups: Sequence[TrainGroup], max_tokens: int, read: Callable[[PackedBatch], list[T]]
+) -> list[T]:
+    found: dict[int, T] = {}
     device = next(model.parameters()).device
     with torch.no_grad():
         for indices in batches(groups, max_tokens):
             batch = pack([groups[i] for i in indices], pad_id=0).to(device)
-            outputs = scalar_outputs(model, batch, per_token=False)
-            if outputs.sequence_scores is not None:
-                scores = outputs.sequence_scores.tolist()
-                start = 0
-                for i in indices:
-                    end = start + len(groups[i].completion_ids)
-                    found[i] = tuple(scores[start:end])
-                    start = end
+            found |= dict(zip(indices, read(batch), strict=True))
     return [found[i] for i in range(len(groups))]

@@ -256,34 +256,39 @@ def split_by_length(values: Tensor, batch: PackedBatch) -> list[tuple[NDArray[np
     return [tuple(arrays) for arrays in groups]
 
 
-def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Deals groups out to ranks and micro-batches.
+def split_by_group(scores: Tensor, batch: PackedBatch) -> list[list[float]]:
+    """One number per sequence to one list per group: [N] -> per group, K numbers."""
+    groups: list[list[float]] = [[] for _ in batch.uids]
+    for group, score in zip(batch.group_index.tolist(), scores.tolist(), strict=True):
+        groups[group].append(score)
+    return groups
 
-    Every rank gets the same number of groups (one more on some ranks where they do not divide), so that loads differ by
-    at most the longest group, and the same number of micro-batches, as collectives need. Within a rank groups go by
-    falling length, so that rows of one micro-batch need little padding. The plan depends on the arguments only.
+
+def deal(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deals groups out to ranks.
+
+    Every rank gets the same number of groups (one more on some ranks where they do not divide), whatever their lengths,
+    so that a batch which can be cut into mini-batches on one rank can be on all; loads differ by at most the longest
+    group. The result depends on the arguments only.
 
     Args:
-        lengths: Tokens of each group's row.
+        lengths: Tokens of each group.
         num_ranks: Ranks of the gang.
-        max_tokens: Bound on rows times longest row of a micro-batch; a longer group goes alone.
 
     Returns:
-        Rank -> micro-batch -> indices into ``lengths``. A micro-batch is empty only where groups do not divide by
-        ranks and some rank needs one micro-batch per group: a rank with one group less then has nothing to put in its
-        last one, and still has to take part in that one's collectives. Where groups divide, none is empty.
+        Per rank, indices into ``lengths``, ascending.
 
     Raises:
         ConfigError: Fewer groups than ranks.
     """
     if len(lengths) < num_ranks:
         raise ConfigError(
-            "micro-batches",
+            "learner batch",
             found=f"{len(lengths)} groups for {num_ranks} learner ranks",
             needed="at least one group per rank",
-            action="Raise the batch size or lower the number of learner ranks.",
+            action="Raise the groups of a step or lower the number of learner ranks.",
         )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = _by_falling_length(lengths)
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for start in range(0, len(order), num_ranks):
@@ -291,15 +296,22 @@ def plan_micro_batches(lengths: Sequence[int], *, num_ranks: int, max_tokens: in
         for rank, index in zip(lightest, order[start : start + num_ranks], strict=False):
             ranks[rank].append(index)
             loads[rank] += lengths[index]
-    plans = [_fill(indices, lengths, max_tokens) for indices in ranks]
-    wanted = max(len(plan) for plan in plans)
-    return [split_plan(plan, wanted) for plan in plans]
+    return [sorted(share) for share in ranks]
 
 
-def _fill(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Next-fit over falling lengths: the first group of a micro-batch is its longest."""
+def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Cuts one rank's groups into micro-batches, by falling length, so that rows of one need little padding.
+
+    Args:
+        lengths: Tokens of each group's row.
+        max_tokens: Bound on rows times longest row of a micro-batch; a longer group goes alone.
+
+    Returns:
+        Micro-batch -> indices into ``lengths``; none is empty. ``split_plan`` makes more of them where other ranks have
+        more.
+    """
     plan: list[list[int]] = []
-    for index in indices:
+    for index in _by_falling_length(lengths):  # so the first group of a micro-batch is its longest
         if plan and (len(plan[-1]) + 1) * lengths[plan[-1][0]] <= max_tokens:
             plan[-1].append(index)
         else:
@@ -307,8 +319,16 @@ def _fill(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> li
     return plan
 
 
+def _by_falling_length(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
 def split_plan(plan: list[list[int]], wanted: int) -> list[list[int]]:
-    """Halves the micro-batch with the most rows until there are ``wanted``; empty ones fill what cannot be split."""
+    """Halves the micro-batch with the most rows until there are ``wanted``; empty ones fill what cannot be split.
+
+    Collectives inside the model need the same number on every rank: one with less to do takes part in those of an empty
+    micro-batch.
+    """
     plan = list(plan)
     while len(plan) < wanted:
         widest = max(range(len(plan)), key=lambda i: (len(plan[i]), -i))

@@ -21,7 +21,7 @@ from actors.ranks import RankInfo
 from actors.settings import LearnerConfig
 from actors.store import LocalStore
 from rlhf.algorithms.config import GrpoConfig, PpoConfig
-from rlhf.errors import NonFiniteError
+from rlhf.errors import NonFiniteError, RolloutsLostError, ValueLostError
 from rlhf.models.settings import LoraConfig, ModelConfig
 from rlhf.objectives.config import RankConfig, SupervisedConfig
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, Score, TrainGroup, VersionSpan
@@ -196,6 +196,7 @@ def online_cases(info: RankInfo, model: Path, scratch: Path) -> dict[str, Any]:
         "grpo_lora_bf16": _grpo_raises_rewarded(info, model, {"dtype": "bfloat16", "adapter": LoraConfig(rank=8)}),
         "ppo": _ppo(info, model),
         "reward": _reward(info, model, scratch),
+        "lost": _lost(info, model),
     }
 
 
@@ -232,6 +233,36 @@ def _grpo_raises_rewarded(info: RankInfo, model: Path, fields: dict[str, Any]) -
             for r, b in zip(*siblings, strict=True)
         ),
     }
+
+
+class _LossyStore(LocalStore):
+    """A payload of None is gone with its node."""
+
+    def get(self, handle: Any) -> Any:
+        if handle is None:
+            raise ValueLostError("store", found="a node that went away", needed="the group", action="Look.")
+        return handle
+
+
+def _lost(info: RankInfo, model: Path) -> dict[str, Any]:
+    """The last rank finds a group gone: all say so, nothing has changed, and the step can be done again."""
+    algorithm = GrpoConfig()
+    worker = LearnerWorker(learner_config(model), _LossyStore(), info, algorithm=algorithm, total_steps=2)
+    worker.start()
+    handles = share(scored_handles(), info)
+    before = weights(worker)
+    gone = [replace(handles[0], payload=None), *handles[1:]] if info.rank == info.world_size - 1 else handles
+    uids = []
+    for call in (worker.update, lambda groups: worker.log_probs(groups, reference=False)):
+        try:
+            call(gone)
+        except RolloutsLostError as error:
+            uids.append(error.uids)
+    unchanged = all(np.array_equal(value, before[name]) for name, value in weights(worker).items())
+    metrics = worker.update(handles)
+    worker.stop()
+    uid = scored_handles()[info.world_size - 1].uid
+    return {"uids": uids, "expected": [(uid,)] * 2, "unchanged": unchanged, "skipped": metrics["skipped"]}
 
 
 def _ppo(info: RankInfo, model: Path) -> dict[str, Any]:

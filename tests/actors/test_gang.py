@@ -9,32 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from actors.gang import LearnerGang, balance
-from rlhf.errors import DataError, LearnerError, NonFiniteError
+from actors.gang import LearnerGang
+from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError
 from tests.fakes import make_group
 
 engine = pytest.mark.engine
-
-
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
-def test_balance_gives_each_index_once_and_every_rank_one(lengths: list[int], num_ranks: int) -> None:
-    if len(lengths) < num_ranks:
-        with pytest.raises(LearnerError, match="at least one group a rank"):
-            balance(lengths, num_ranks)
-        return
-    shares = balance(lengths, num_ranks)
-    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
-    assert all(share and share == sorted(share) for share in shares)
-    loads = [sum(lengths[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= max(lengths), "longest first leaves at most one group between the ranks"
-
-
-def test_balance_by_hand() -> None:
-    assert balance([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert balance([3, 3, 3], 3) == [[0], [1], [2]]
 
 
 class RankWorker:
@@ -65,6 +45,9 @@ class RankWorker:
             time.sleep(1000)
         if self.fault == "defect":
             raise ValueError("a defect")
+        if self.fault == "lost once":
+            self.fault = ""
+            raise RolloutsLostError.of("learner", ["p3"], "a node went away")
         if self.fault == "data":
             raise DataError("batch", found="x", needed="y", action="z")
         self._collective()
@@ -173,6 +156,18 @@ def test_a_rank_s_own_error_keeps_its_type_and_ends_the_gang(make_gang) -> None:
     with pytest.raises(DataError, match="batch"):
         asyncio.run(gang.update(GROUPS))
     wait_until_gone(pids)
+
+
+@engine
+def test_groups_that_are_lost_leave_the_gang_alive(make_gang) -> None:
+    """Ranks agree on what is lost before they meet anywhere else, so all of them raise the same error."""
+    gang = make_gang(rank0="lost once", rank1="lost once")
+    pids = pids_of(gang)
+    with pytest.raises(RolloutsLostError) as caught:
+        asyncio.run(gang.update(GROUPS))
+    assert caught.value.uids == ("p3",)
+    assert asyncio.run(gang.update(GROUPS))["uids"] == ["p0", "p1"]
+    assert pids_of(gang) == pids
 
 
 @engine

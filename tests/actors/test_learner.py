@@ -163,6 +163,13 @@ def test_one_and_two_ranks_learn_the_same(single: list[dict[str, Any]], pair: li
         assert set(one) == set(two)
 
 
+def test_a_group_that_one_rank_cannot_read_stops_all_before_they_begin(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["online"]["lost"]
+        assert result["uids"] == result["expected"]
+        assert result["unchanged"] and result["skipped"] == 0
+
+
 def test_ppo_trains_policy_and_critic(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         result = rank["online"]["ppo"]

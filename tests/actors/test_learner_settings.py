@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -7,8 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from actors.deepspeed.config import DeepSpeedConfig, OptimConfig, deepspeed_settings, learning_rate
+from actors.learner import LearnerWorker
 from actors.ranks import ProcessGroup, RankInfo
+from actors.settings import LearnerConfig
+from actors.store import LocalStore
 from rlhf.errors import LearnerError
+from rlhf.objectives.config import SupervisedConfig
 
 
 def rates(config: OptimConfig, total: int) -> list[float]:
@@ -59,6 +64,14 @@ def test_offloading_is_passed_on() -> None:
 def test_ranks_without_a_rendezvous_are_refused() -> None:
     with pytest.raises(LearnerError, match=r"join\(address, port\)"):
         ProcessGroup(RankInfo(rank=1, world_size=2), timeout_s=1)
+
+
+def test_the_gang_meets_at_its_node_s_address_and_not_at_that_of_the_host_s_name(monkeypatch) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    worker = LearnerWorker(LearnerConfig(), LocalStore(), RankInfo(), objective=SupervisedConfig(), total_steps=1)
+    address, port = worker.rendezvous()
+    assert address == "10.0.0.7" and port > 0
 
 
 def test_settings_import_no_torch() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.errors import ConfigError, DataError
-from rlhf.maths.packing import pack, pad_tokens, plan_micro_batches, split_by_length
+from rlhf.maths.packing import deal, pack, pad_tokens, plan_micro_batches, split_by_group, split_by_length, split_plan
 from rlhf.types import TrainGroup
 
 
@@ -112,6 +112,10 @@ def test_an_empty_completion_is_read_at_the_prompt():
     assert [len(a) for a in split_by_length(torch.zeros(2, 1), batch)[0]] == [0, 1]
 
 
+def test_one_number_per_sequence_goes_to_its_group():
+    assert split_by_group(torch.tensor([1.0, 2.0, 3.0]), pack(GROUPS, pad_id=0)) == [[1.0, 2.0], [3.0]]
+
+
 def test_moving_keeps_everything():
     batch = pack(GROUPS, pad_id=0)
     moved = batch.to("cpu")
@@ -132,46 +136,64 @@ def test_what_cannot_be_packed_is_named(groups, message):
         pack(groups, pad_id=0)
 
 
-def test_plan_by_hand():
+def test_dealing_by_hand():
     # Falling lengths 9 8 | 4 3 | 2 1: of each pair the longer goes to the lighter rank, of equals to the first.
-    plan = plan_micro_batches([4, 9, 1, 8, 3, 2], num_ranks=2, max_tokens=9)
-    assert plan == [[[1], [4, 5]], [[3], [0, 2]]]
+    assert deal([4, 9, 1, 8, 3, 2], 2) == [[1, 4, 5], [0, 2, 3]]
+    assert deal([3, 3, 3], 3) == [[0], [1], [2]]
 
 
-def test_a_group_that_is_too_long_goes_alone():
-    assert plan_micro_batches([50, 3, 3], num_ranks=1, max_tokens=10) == [[[0], [1, 2]]]
+def test_one_long_group_does_not_leave_its_rank_without_others():
+    assert deal([100, 1, 1, 1], 2) == [[0, 3], [1, 2]], "two mini-batches need two groups on every rank"
 
 
 def test_fewer_groups_than_ranks_is_an_error():
     with pytest.raises(ConfigError, match="2 groups for 3 learner ranks"):
-        plan_micro_batches([5, 5], num_ranks=3, max_tokens=100)
+        deal([5, 5], 3)
 
 
-def test_an_empty_micro_batch_only_where_groups_do_not_divide():
-    assert plan_micro_batches([9, 9, 9], num_ranks=2, max_tokens=9) == [[[0], [2]], [[1], []]]
+@settings(max_examples=300, deadline=None)
+@given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=40), num_ranks=st.integers(1, 8))
+def test_every_rank_gets_as_many_groups_and_nearly_as_many_tokens(lengths, num_ranks):
+    if len(lengths) < num_ranks:
+        with pytest.raises(ConfigError):
+            deal(lengths, num_ranks)
+        return
+    shares = deal(lengths, num_ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_plan_by_hand():
+    assert plan_micro_batches([9, 3, 2], max_tokens=9) == [[0], [1, 2]]
+    assert plan_micro_batches([4, 1, 8], max_tokens=9) == [[2], [0, 1]]
+    assert plan_micro_batches([], max_tokens=9) == []
+
+
+def test_a_group_that_is_too_long_goes_alone():
+    assert plan_micro_batches([50, 3, 3], max_tokens=10) == [[0], [1, 2]]
+
+
+def test_a_plan_is_split_as_far_as_it_goes_and_then_filled_with_empty_micro_batches():
+    assert split_plan([[0, 1, 2], [3]], 3) == [[0], [1, 2], [3]]
+    assert split_plan([[0, 1], [2]], 5) == [[0], [1], [2], [], []]
+    assert split_plan([[0]], 1) == [[0]]
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40),
-    num_ranks=st.integers(1, 6),
     max_tokens=st.integers(1, 800),
+    more=st.integers(0, 10),
 )
-def test_plans_keep_their_promises(lengths, num_ranks, max_tokens):
-    if len(lengths) < num_ranks:
-        with pytest.raises(ConfigError):
-            plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
-        return
-    plan = plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
-    assert plan == plan_micro_batches(list(lengths), num_ranks=num_ranks, max_tokens=max_tokens)
-    assert len(plan) == num_ranks
-    assert sorted(i for rank in plan for rows in rank for i in rows) == list(range(len(lengths)))
-    assert len({len(rank) for rank in plan}) == 1
-    for rows in (rows for rank in plan for rows in rank):
+def test_plans_keep_their_promises(lengths, max_tokens, more):
+    first = plan_micro_batches(lengths, max_tokens=max_tokens)
+    assert first == plan_micro_batches(list(lengths), max_tokens=max_tokens)
+    plan = split_plan(first, len(first) + more)
+    assert len(plan) == len(first) + more
+    assert sorted(i for rows in plan for i in rows) == list(range(len(lengths)))
+    for rows in plan:
         assert len(rows) <= 1 or len(rows) * max(lengths[i] for i in rows) <= max_tokens
-        if len(lengths) % num_ranks == 0:
-            assert rows
-    sizes = [sum(len(rows) for rows in rank) for rank in plan]
-    loads = [sum(lengths[i] for rows in rank for i in rows) for rank in plan]
-    assert max(sizes) - min(sizes) <= 1
-    assert max(loads) - min(loads) <= max(lengths)
+        assert rows or len(plan) > len(lengths), "empty only where there are more of them than groups"

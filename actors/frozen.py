@@ -1,0 +1,70 @@
+"""What workers around a model that does not train have in common: loading it, and reading groups for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from actors.store import Store, fetch_all
+from actors.training_groups import fetch_group
+from rlhf.models.settings import ModelConfig
+from rlhf.types import GroupHandle, TrainGroup
+
+
+class FrozenWorker(ABC):
+    """Holds one model for inference in plain torch; stateless, so a call may be repeated.
+
+    Args:
+        model: The model's folder.
+        store: Where rollouts live.
+        dtype: What it computes in.
+        threads: CPU threads; None leaves torch's default.
+        max_tokens_per_batch: Most padded tokens of one forward pass.
+        device: Where it runs; None takes a GPU where this process has one.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        store: Store,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        threads: int | None = None,
+        max_tokens_per_batch: int = 8192,
+        device: str | None = None,
+    ) -> None:
+        self._folder = Path(model)
+        self._config = ModelConfig(path=str(model), dtype=dtype)
+        self._store = store
+        self._threads = threads
+        self._max_tokens = max_tokens_per_batch
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._loaded: nn.Module | None = None
+
+    def start(self) -> None:
+        """Loads the model and what belongs to it."""
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        self._loaded = self._load().eval().to(self._device)
+
+    @abstractmethod
+    def _load(self) -> nn.Module:
+        """Reads the model from its folder."""
+
+    @property
+    def _model(self) -> nn.Module:
+        assert self._loaded is not None, "start() comes first"
+        return self._loaded
+
+    def _fetch(self, handles: Sequence[GroupHandle]) -> list[TrainGroup]:
+        """Reads groups; raises ``RolloutsLostError`` where some are gone."""
+        return fetch_all(handles, self._store, fetch_group, where=f"model {self._folder}")
+
+    def stop(self) -> None:
+        """Drops the model."""
+        self._loaded = None
