@@ -87,9 +87,13 @@ class FakeRun:
         self.prompts = FakePrompts(position)
         self.serving = version
         self.score_of: Callable[[str, int], Score] = lambda uid, sibling: Score(float(sibling))
+        self.drawn: list[tuple[str, ...]] = []
         self.trained: list[tuple[str, ...]] = []
+        self.trained_groups: list[tuple[GroupHandle, ...]] = []
+        self.events: list[tuple[str, Mapping[str, Any]]] = []
         self.versions: list[int] = []
         self.recorded: dict[int, tuple[str, ...]] = {}
+        self.recorded_groups: dict[int, tuple[GroupHandle, ...]] = {}
         self.metrics: dict[int, Mapping[str, float]] = {}
         self.checkpoints: dict[int, Mapping[str, Any]] = {}
         self.stop_after: int | None = None
@@ -109,7 +113,9 @@ class FakeRun:
         drawn_from = self.serving
         await self._call("generate", version)
         self.log.append(("generated", version))
-        return [make_group(p.uid, drawn_from, (2,) * num_samples) for p in prompts]
+        self.drawn.append(tuple(p.uid for p in prompts))
+        groups = [make_group(p.uid, drawn_from, (2,) * num_samples) for p in prompts]
+        return [dataclasses.replace(g, payload=f"{g.uid}, draw {len(self.drawn)}") for g in groups]
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         await self._call("score", groups[0].uid)
@@ -124,11 +130,13 @@ class FakeRun:
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         await self._call("annotate", groups[0].uid)
-        return [dataclasses.replace(g, annotations={"values": g.uid}) for g in groups]
+        number = self.counts["annotate"]
+        return [dataclasses.replace(g, annotations={"values": f"{g.payload}, call {number}"}) for g in groups]
 
     async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
         await self._call("update", len(self.trained))
         self.trained.append(tuple(g.uid for g in groups))
+        self.trained_groups.append(tuple(groups))
         self.log.append(("updated", len(self.trained) - 1))
         return {"loss": 0.5}
 
@@ -140,6 +148,7 @@ class FakeRun:
     async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
         await self._call("record", step)
         self.recorded[step] = tuple(g.uid for g in groups)
+        self.recorded_groups[step] = tuple(groups)
 
     async def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         await self._call("log", step)
@@ -170,7 +179,10 @@ class FakeRun:
 
     @property
     def hooks(self) -> Hooks:
-        return Hooks(self.log_step, self.evaluate, self.checkpoint, self.should_stop)
+        return Hooks(self.log_step, self.evaluate, self.checkpoint, self.should_stop, self.event)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
 
 
 def loop_config(**changes: Any) -> LoopConfig:

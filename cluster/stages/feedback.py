@@ -84,6 +84,7 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
         recorder=recorder,
         gate=context.timed_gate(stage.name),
         rank=rank,
+        event=context.event,
     )
     with Progress(stage.name, len(prompts)) as bar:
         await label(roles, stage.loop, prompts, version=context.policy.version, progress=bar.advance)

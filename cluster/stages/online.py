@@ -123,7 +123,7 @@ class _OnlineRun:
         version = context.policy.version
         await self.publisher.publish(version + first_step)
         with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
-            hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set)
+            hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set, context.event)
             done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
         if done < stage.loop.steps:
             raise StopRequestedError(

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import DeadlineError
-from rlhf.types import GroupHandle
+
+if TYPE_CHECKING:
+    from rlhf.loops.rollouts import StepRollouts
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The groups of one training step and the prompt cursor as it stood after they were drawn.
+    """The rollouts of one training step and the prompt cursor as it stood after they were drawn.
 
     The cursor travels with its batch: a checkpoint taken after this step resumes behind these prompts, whatever the
     collector had drawn ahead by then, so that no prompt is lost and none is trained twice.
     """
 
     step: int
-    groups: tuple[GroupHandle, ...]
+    rollouts: StepRollouts
     cursor: Mapping[str, Any]
 
 

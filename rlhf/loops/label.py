@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from rlhf.config import StrictModel
 from rlhf.feedback.missing import check_missing
+from rlhf.loops.rollouts import Event, Rollouts
 from rlhf.protocols import Generator, Judge, PhaseGate
 from rlhf.types import GroupHandle, Prompt, Ranking, Verdict
 
@@ -52,6 +54,7 @@ class LabelRoles:
     recorder: LabelRecorder
     gate: PhaseGate
     rank: Callable[[str, int, Sequence[Verdict]], Ranking]
+    event: Event
 
 
 async def label(
@@ -71,18 +74,31 @@ async def label(
     for chunk, start in enumerate(range(0, len(prompts), size)):
         some = prompts[start : start + size]
         if not await roles.recorder.has_chunk(chunk):
-            async with roles.gate.hold("generation"):
-                groups = await roles.generator.generate(some, num_samples=config.num_samples, version=version)
-            async with roles.gate.hold("judge"):
-                verdicts = await roles.judge.judge(groups)
-            missing = sum(verdict.value is None for given in verdicts for verdict in given)
-            total = sum(len(given) for given in verdicts)
-            check_missing(missing, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
-            rankings = [
-                roles.rank(group.uid, len(group.completion_lengths), given)
-                for group, given in zip(groups, verdicts, strict=True)
-            ]
-            await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
-            num_missing += missing
+            rollouts = Rollouts(
+                roles.generator,
+                roles.gate,
+                some,
+                num_samples=config.num_samples,
+                version=version,
+                where=f"feedback chunk {chunk}",
+                event=roles.event,
+            )
+            await rollouts.draw()
+            num_missing += await rollouts.over(functools.partial(_judge_chunk, roles, config, chunk))
         progress(len(some))
     return num_missing
+
+
+async def _judge_chunk(roles: LabelRoles, config: LabelConfig, chunk: int, groups: Sequence[GroupHandle]) -> int:
+    """Judges, ranks and writes one chunk; returns its missing verdicts. May be repeated."""
+    async with roles.gate.hold("judge"):
+        verdicts = await roles.judge.judge(groups)
+    missing = sum(verdict.value is None for given in verdicts for verdict in given)
+    total = sum(len(given) for given in verdicts)
+    check_missing(missing, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
+    rankings = [
+        roles.rank(group.uid, len(group.completion_lengths), given)
+        for group, given in zip(groups, verdicts, strict=True)
+    ]
+    await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
+    return missing

@@ -7,7 +7,6 @@ in which annotators and learners are injected. No Ray in here: the roles are sea
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,8 +14,8 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from rlhf.config import StrictModel
-from rlhf.feedback.missing import check_missing
 from rlhf.loops.buffer import StepBatch, StepBuffer
+from rlhf.loops.rollouts import Event, StepRollouts
 from rlhf.protocols import Annotator, Generator, Learner, PhaseGate, Recorder, RewardSource, WeightPublisher
 from rlhf.types import GroupHandle, Prompt
 
@@ -70,12 +69,13 @@ class OnlineRoles:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the runner does between steps: each is awaited at a step's end, when weights and record agree."""
+    """What the runner does: all but ``event`` at a step's end, when weights and record agree."""
 
     log: Callable[[int, Mapping[str, float]], Awaitable[None]]
     evaluate: Callable[[int], Awaitable[None]]
     checkpoint: Callable[[int, Mapping[str, Any]], Awaitable[None]]
     should_stop: Callable[[], bool]
+    event: Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Span:
     first_version: int
 
 
-async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, span: Span) -> None:
+async def collect(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: StepBuffer, span: Span) -> None:
     """Fills the buffer.
 
     produces: one batch a step. consumes: prompts. waits for: a slot, the gate, generation, scoring.
@@ -96,16 +96,18 @@ async def collect(roles: OnlineRoles, config: LoopConfig, buffer: StepBuffer, sp
         await buffer.grant(step)
         prompts = roles.prompts.next_batch(config.prompts_per_step)
         cursor = roles.prompts.state()
-        version = span.first_version + buffer.oldest_update(step)
-        async with roles.gate.hold("generation"):
-            groups = await roles.generator.generate(prompts, num_samples=config.num_samples, version=version)
-        async with roles.gate.hold("scorer"):
-            scores = await roles.rewards.score(groups)
-        missing = sum(score.value is None for siblings in scores for score in siblings)
-        total = sum(len(siblings) for siblings in scores)
-        check_missing(missing, total, config.max_missing_fraction, f"scores of step {step}")
-        scored = tuple(dataclasses.replace(g, scores=s) for g, s in zip(groups, scores, strict=True))
-        await buffer.put(StepBatch(step, scored, cursor))
+        rollouts = StepRollouts(
+            roles,
+            prompts,
+            num_samples=config.num_samples,
+            max_missing_fraction=config.max_missing_fraction,
+            step=step,
+            version=span.first_version + buffer.oldest_update(step),
+            event=hooks.event,
+        )
+        await rollouts.draw()
+        await rollouts.score()
+        await buffer.put(StepBatch(step, rollouts, cursor))
 
 
 async def learn(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: StepBuffer, span: Span) -> int:
@@ -116,17 +118,18 @@ async def learn(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: St
     """
     for step in span.steps:
         batch = await buffer.take(step)
-        groups: list[GroupHandle] = list(batch.groups)
+        rollouts = batch.rollouts
         for role, annotator in roles.annotators.items():
-            async with roles.gate.hold(role):
-                groups = await annotator.annotate(groups)
-        metrics: dict[str, float] = rollout_metrics(groups, span.first_version + step)
+            await rollouts.annotate(role, annotator)
+        await rollouts.record()
+        learned: dict[str, float] = {}
         for role, learner in roles.learners.items():
-            async with roles.gate.hold(role):
-                metrics |= {f"{role}/{name}": value for name, value in (await learner.update(groups)).items()}
+            found = await rollouts.under(role, learner.update)
+            learned |= {f"{role}/{name}": value for name, value in found.items()}
         async with roles.gate.hold("publish"):
             published = await roles.publisher.publish(span.first_version + step + 1)
-        await roles.recorder.record(step, groups)
+        metrics = rollout_metrics(rollouts.groups, span.first_version + step) | learned
+        metrics["rollout/drawn_again"] = float(len(rollouts.drawn_again))
         await hooks.log(step, metrics | {f"publish/{name}": value for name, value in published.items()})
         done = step + 1
         stop = hooks.should_stop()
@@ -152,7 +155,7 @@ async def train_online(
     """
     buffer = StepBuffer(first_step, config.max_staleness, config.step_timeout_s)
     span = Span(range(first_step, config.steps), first_version)
-    collector = asyncio.create_task(collect(roles, config, buffer, span))
+    collector = asyncio.create_task(collect(roles, config, hooks, buffer, span))
     learner = asyncio.create_task(learn(roles, config, hooks, buffer, span))
     try:
         await asyncio.wait({collector, learner}, return_when=asyncio.FIRST_COMPLETED)

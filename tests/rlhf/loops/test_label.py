@@ -7,18 +7,21 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlhf.errors import MissingFeedbackError
+from rlhf.errors import MissingFeedbackError, RolloutsLostError
 from rlhf.loops.label import LabelConfig, LabelRoles, label
 from rlhf.types import Ranking, Score, Verdict
 from tests.fakes import FakeRun, make_prompts
 
 
 class ChunkRecorder:
-    def __init__(self, fail_at: int | None = None) -> None:
+    def __init__(self, fail_at: int | None = None, lost: Sequence[RolloutsLostError] = ()) -> None:
         self.chunks: dict[int, tuple[list, list, list]] = {}
         self.fail_at = fail_at
+        self.lost = list(lost)
 
     async def record_chunk(self, chunk, groups, verdicts, rankings) -> None:
+        if self.lost:
+            raise self.lost.pop(0)
         if chunk == self.fail_at:
             raise OSError("disk full")
         self.chunks[chunk] = (list(groups), list(verdicts), list(rankings))
@@ -36,7 +39,7 @@ def rank(uid: str, num_samples: int, verdicts: Sequence[Verdict]) -> Ranking:
 def run_label(run: FakeRun, recorder: ChunkRecorder, num_prompts: int, **changes) -> tuple[int, list[int]]:
     told: list[int] = []
     config = LabelConfig(**({"num_samples": 2, "prompts_per_chunk": 3} | changes))
-    roles = LabelRoles(run, run, recorder, run.gate, rank)
+    roles = LabelRoles(run, run, recorder, run.gate, rank, run.event)
     missing = asyncio.run(label(roles, config, make_prompts(num_prompts), version=5, progress=told.append))
     return missing, told
 
@@ -76,3 +79,16 @@ def test_missing_verdicts_pass_below_the_fraction_and_stop_above_it() -> None:
     with pytest.raises(MissingFeedbackError, match="feedback chunk 1"):
         run_label(run, recorder, 6, max_missing_fraction=0.16)
     assert sorted(recorder.chunks) == [0], "a chunk that fails is not written"
+
+
+def test_groups_that_are_lost_before_they_are_written_are_drawn_and_judged_again() -> None:
+    run = FakeRun(version=5, fail={("judge", 0): RolloutsLostError.of("judge", ["p1"], "a node went away")})
+    recorder = ChunkRecorder(lost=[RolloutsLostError.of("recorder", ["p0", "p2"], "a node went away")])
+    missing, told = run_label(run, recorder, 4)
+    assert (missing, told) == (0, [3, 1])
+    assert run.drawn == [("p0", "p1", "p2"), ("p1",), ("p0", "p2"), ("p3",)]
+    assert [g.payload for g in recorder.chunks[0][0]] == ["p0, draw 3", "p1, draw 2", "p2, draw 3"]
+    assert [(kind, fields["where"], fields["uids"]) for kind, fields in run.events] == [
+        ("rollouts_drawn_again", "feedback chunk 0", ["p1"]),
+        ("rollouts_drawn_again", "feedback chunk 0", ["p0", "p2"]),
+    ]

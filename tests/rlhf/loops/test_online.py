@@ -35,10 +35,10 @@ def kinds(run: FakeRun) -> list[str]:
     return [kind for kind, _ in run.log]
 
 
-def test_a_synchronous_step_is_generate_score_annotate_update_publish_record_log() -> None:
+def test_a_synchronous_step_is_generate_score_annotate_record_update_publish_log() -> None:
     run = FakeRun()
     assert train(run, steps=2) == 2
-    step = ["generate", "generated", "score", "annotate", "update", "updated", "publish", "record", "log"]
+    step = ["generate", "generated", "score", "annotate", "record", "update", "updated", "publish", "log"]
     assert kinds(run) == [*step, *step, "checkpoint"]
     assert run.gate.holders[:5] == ["generation", "scorer", "critic", "learner", "publish"]
 

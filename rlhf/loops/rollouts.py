@@ -1,0 +1,184 @@
+"""The groups of one step or chunk, of which each is drawn a second time where it was lost with its node.
+
+Handles outlive the replica that drew a group, but not the node that holds it. Whoever reads a group that is gone raises
+``RolloutsLostError`` with its uid; its prompt is then dispatched again, and all that had been done to the group is done
+to the one that takes its place. The other groups stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from rlhf.errors import RolloutsLostError
+from rlhf.feedback.missing import check_missing
+from rlhf.protocols import Annotator, Generator, PhaseGate
+from rlhf.types import GroupHandle, Prompt, Score
+
+if TYPE_CHECKING:
+    from rlhf.loops.online import OnlineRoles
+
+T = TypeVar("T")
+Event = Callable[..., None]
+"""Writes one line of the event log: ``event(kind, name=value, ...)``."""
+Work = Callable[[list[GroupHandle]], Awaitable[T]]
+
+
+class Rollouts:
+    """Groups of some prompts, in the prompts' order.
+
+    Args:
+        generator: Draws them, and draws lost ones again.
+        gate: Who may compute.
+        prompts: Their uids are unique.
+        num_samples: Siblings per prompt.
+        version: Oldest weights that will do.
+        where: Names the step or chunk in events.
+        event: Event log.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        gate: PhaseGate,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int,
+        version: int,
+        where: str,
+        event: Event,
+    ) -> None:
+        self.groups: list[GroupHandle] = []
+        self.drawn_again: set[str] = set()
+        """Uids of the groups that were lost once."""
+        self._generator, self._gate, self._prompts = generator, gate, tuple(prompts)
+        self._num_samples, self._version = num_samples, version
+        self._where, self._event = where, event
+
+    async def draw(self) -> None:
+        """Draws every group."""
+        self.groups = await self._generate(self._prompts)
+
+    async def over(self, work: Work[T]) -> T:
+        """Does ``work`` on all groups, again where some were lost; it must leave nothing behind when it raises that.
+
+        Raises:
+            RolloutsLostError: A group was lost for the second time.
+        """
+        while True:
+            try:
+                return await work(list(self.groups))
+            except RolloutsLostError as error:
+                await self._draw_again(error)
+
+    async def under(self, role: str, work: Work[T]) -> T:
+        """Like ``over``, with the gate held as ``role`` while ``work`` is done (not while groups are drawn again)."""
+
+        async def gated(groups: list[GroupHandle]) -> T:
+            async with self._gate.hold(role):
+                return await work(groups)
+
+        return await self.over(gated)
+
+    async def _generate(self, prompts: Sequence[Prompt]) -> list[GroupHandle]:
+        async with self._gate.hold("generation"):
+            return await self._generator.generate(prompts, num_samples=self._num_samples, version=self._version)
+
+    async def _draw_again(self, error: RolloutsLostError) -> None:
+        places = [place for place, group in enumerate(self.groups) if group.uid in error.uids]
+        lost = {self.groups[place].uid for place in places}
+        if not lost or lost & self.drawn_again:
+            raise error
+        self.drawn_again |= lost
+        self._event("rollouts_drawn_again", where=self._where, uids=sorted(lost), error=str(error))
+        for place, group in zip(places, await self._generate([self._prompts[p] for p in places]), strict=True):
+            self.groups[place] = group
+        await self._catch_up(places)
+
+    async def _catch_up(self, places: Sequence[int]) -> None:
+        """Does to the groups that were drawn again what had been done to the others."""
+
+
+class StepRollouts(Rollouts):
+    """The groups of one step of the online loop, on their way from prompts to the learners.
+
+    Args:
+        roles: Of the loop.
+        prompts: Of the step.
+        num_samples: Siblings per prompt.
+        max_missing_fraction: Above this fraction of missing scores the run stops.
+        step: The step.
+        version: Oldest weights that will do.
+        event: Event log.
+    """
+
+    def __init__(
+        self,
+        roles: OnlineRoles,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int,
+        max_missing_fraction: float,
+        step: int,
+        version: int,
+        event: Event,
+    ) -> None:
+        super().__init__(
+            roles.generator,
+            roles.gate,
+            prompts,
+            num_samples=num_samples,
+            version=version,
+            where=f"step {step}",
+            event=event,
+        )
+        self._roles = roles
+        self._max_missing_fraction = max_missing_fraction
+        self._step = step
+        self._done: list[Callable[[Sequence[int]], Awaitable[None]]] = []
+
+    async def score(self) -> None:
+        """Scores all groups; a group that is drawn again later is scored by itself.
+
+        Raises:
+            MissingFeedbackError: Too many scores of the step are missing.
+        """
+        self._set_scores(range(len(self.groups)), await self.under("scorer", self._roles.rewards.score))
+        self._done.append(self._score_again)
+
+    async def _score_again(self, places: Sequence[int]) -> None:
+        async with self._gate.hold("scorer"):
+            scores = await self._roles.rewards.score([self.groups[place] for place in places])
+        self._set_scores(places, scores)
+
+    def _set_scores(self, places: Sequence[int], scores: Sequence[tuple[Score, ...]]) -> None:
+        for place, siblings in zip(places, scores, strict=True):
+            self.groups[place] = dataclasses.replace(self.groups[place], scores=siblings)
+        given = [score for group in self.groups for score in group.scores]
+        missing = sum(score.value is None for score in given)
+        check_missing(missing, len(given), self._max_missing_fraction, f"scores of {self._where}")
+
+    async def annotate(self, role: str, annotator: Annotator) -> None:
+        """Has ``annotator`` add its arrays to all groups."""
+        self.groups = await self.under(role, annotator.annotate)
+        self._done.append(functools.partial(self._annotate_again, role, annotator))
+
+    async def _annotate_again(self, role: str, annotator: Annotator, places: Sequence[int]) -> None:
+        # All of them are asked for, as a gang needs a group for every rank; the others keep what they have.
+        annotated = await self.under(role, annotator.annotate)
+        for place in places:
+            self.groups[place] = annotated[place]
+
+    async def record(self) -> None:
+        """Writes all groups; whatever is trained on after this is on disk."""
+        await self._write()
+        self._done.append(self._write)
+
+    async def _write(self, places: Sequence[int] = ()) -> None:
+        await self.over(functools.partial(self._roles.recorder.record, self._step))
+
+    async def _catch_up(self, places: Sequence[int]) -> None:
+        for again in list(self._done):
+            await again(places)

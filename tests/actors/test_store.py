@@ -1,0 +1,129 @@
+"""Groups that are no longer in the object store: named by uid, and no fault of whoever looked for them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.recorder import RecorderWorker
+from actors.roles import FleetScorer, RemoteRecorder
+from actors.rules import RulesWorker
+from actors.store import LocalStore, RayStore, fetch_all, fetch_payload
+from actors.training_groups import fetch_group
+from rlhf.errors import DeadlineError, RolloutsLostError, ValueLostError
+from rlhf.rewards.rules import NonEmptyRule
+from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, VersionSpan
+
+
+class LossyStore(LocalStore):
+    """What is None is gone."""
+
+    def get(self, handle: Any) -> Any:
+        if handle is None:
+            raise ValueLostError("store", found="NodeDiedError: gone", needed="the value", action="Look.")
+        return handle
+
+
+def payload(uid: str) -> RolloutGroup:
+    completion = Completion(
+        np.array([5, 6], np.int32), np.zeros(2, np.float32), "text", "stop", (VersionSpan(0, 0, 2),)
+    )
+    return RolloutGroup(Prompt(uid, (), (1,)), (Rollout(completion),))
+
+
+def handle(uid: str, there: bool = True, **annotations: Any) -> GroupHandle:
+    return GroupHandle(uid, payload(uid) if there else None, 1, (2,), (0, 0), annotations=annotations)
+
+
+def test_all_lost_groups_are_named_at_once_and_the_others_come_in_order() -> None:
+    handles = [handle("a"), handle("b", there=False), handle("c"), handle("d", there=False)]
+    with pytest.raises(RolloutsLostError, match="scorer: found no rollouts of 'b' and 1 more .NodeDiedError") as caught:
+        fetch_all(handles, LossyStore(), fetch_payload, where="scorer")
+    assert caught.value.uids == ("b", "d")
+    found = fetch_all(handles[::2], LossyStore(), fetch_payload, where="scorer")
+    assert [group.prompt.uid for group in found] == ["a", "c"]
+
+
+def test_a_group_whose_annotation_is_gone_is_lost() -> None:
+    handles = [handle("a", values=(np.zeros(2, np.float32),)), handle("b", values=None)]
+    with pytest.raises(RolloutsLostError) as caught:
+        fetch_all(handles, LossyStore(), fetch_group, where="learner")
+    assert caught.value.uids == ("b",)
+
+
+class Never:
+    """A handle-like owner that takes nothing in time."""
+
+    def keep(self, value: Any) -> list[Any]:
+        import time
+
+        time.sleep(60)
+        return [value]
+
+
+@pytest.fixture
+def ray_module(ray_cluster: None) -> Any:
+    import ray
+
+    return ray
+
+
+@pytest.mark.engine
+def test_an_owner_that_does_not_answer_ends_in_a_deadline(ray_module: Any) -> None:
+    owner = ray_module.remote(Never).options(num_cpus=0.1).remote()
+    with pytest.raises(DeadlineError, match="object store, put"):
+        RayStore(owner, timeout_s=0.2).put(1)
+    ray_module.kill(owner)
+
+
+@pytest.mark.engine
+def test_groups_that_left_the_object_store_are_named_and_no_replica_is_blamed(ray_module: Any, tmp_path: Path) -> None:
+    from ray._private.internal_api import free
+
+    from actors.fleet import Fleet
+    from cluster.placement import Placer
+    from cluster.topology import Resources
+
+    ray = ray_module
+    recorder = ray.remote(RecorderWorker).options(num_cpus=0.1).remote(tmp_path, RayStore())
+    store = RayStore(recorder)
+    events: list[str] = []
+    placer = Placer("rules", Resources(cpus=0.1, threads=1, start_timeout_s=60.0), 2)
+    rules = {"rules": [NonEmptyRule(rule="non_empty")], "store": store}
+
+    async def body() -> None:
+        fleet = Fleet(
+            "rules",
+            lambda index: placer.spawn(RulesWorker, index, rules),
+            placer.retire,
+            lambda kind, **_: events.append(kind),
+        )
+        scorer = FleetScorer("rules", fleet, lambda *_: None)
+        try:
+            await fleet.scale(2)
+            handles = [GroupHandle(uid, store.put(payload(uid)), 1, (2,), (0, 0)) for uid in ("p0", "p1", "p2", "p3")]
+            assert [s.value for (s,) in await scorer.score(handles)] == [1.0] * 4
+            replicas = list(fleet.healthy)
+            free([handles[2].payload, handles[3].payload])
+            with pytest.raises(RolloutsLostError) as caught:
+                await scorer.score(handles)
+            assert caught.value.uids == ("p2", "p3")
+            with pytest.raises(RolloutsLostError) as caught:
+                await RemoteRecorder(recorder).record(0, handles)
+            assert caught.value.uids == ("p2", "p3")
+            assert fleet.healthy == replicas and set(events) == {"replica_joined"}
+            assert not list(tmp_path.rglob("*.parquet")), "half a step is not written"
+            again = [GroupHandle(uid, store.put(payload(uid)), 1, (2,), (0, 0)) for uid in ("p2", "p3")]
+            assert [s.value for (s,) in await scorer.score([*handles[:2], *again])] == [1.0] * 4
+            await RemoteRecorder(recorder).record(0, [*handles[:2], *again])
+        finally:
+            await fleet.stop()
+            placer.close()
+            ray.kill(recorder)
+
+    asyncio.run(asyncio.wait_for(body(), 180))
+    assert (tmp_path / "rollouts" / "step_000000.parquet").is_file()
