@@ -163,10 +163,7 @@ class _Session:
     def _save(self, step: int) -> None:
         """All ranks write into a staging folder; rank 0 then makes a checkpoint of it."""
         staging = self._checkpoints / f".staging_{step}"
-        if self._rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self._worker.barrier()
+        self._make_empty(staging)
         self._worker.save(staging)
         self._worker.barrier()
         if self._rank == 0:
@@ -179,6 +176,13 @@ class _Session:
             staging.rmdir()
         self._worker.barrier()
 
+    def _make_empty(self, folder: Path) -> None:
+        """An empty folder, there for every rank when this returns."""
+        if self._rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self._worker.barrier()
+
     def finish(self, held_out: Sequence[TrainGroup], num_groups: int) -> None:
         """Measures on the held-out groups, exports the model, writes the results for the driver."""
         results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out)}
@@ -186,10 +190,7 @@ class _Session:
             self._worker.fit_normaliser(held_out if self._rank == 0 else [])
             results |= reward_results(self._worker, held_out)
         partial = self._job.target.with_name(f".{self._job.target.name}")
-        if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._worker.barrier()
+        self._make_empty(partial)
         self._worker.export(partial)
         self._worker.barrier()
         if self._rank == 0:

@@ -25,6 +25,14 @@ def _failing_as(kind: type[RlhfError]) -> Iterator[None]:
         raise kind(error.where, found=error.found, needed=error.needed, action=error.action) from error
 
 
+async def _metered(fleet: Fleet, meter: Meter, method: str, groups: Sequence[GroupHandle], *args: Any) -> list[Any]:
+    """Shares groups out over a fleet and meters their tokens; results in the groups' order."""
+    began = time.monotonic()
+    found = await fleet.scatter(method, list(groups), *args)
+    meter(fleet.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
+    return found
+
+
 class FleetGenerator:
     """``Generator`` over ``GenerationWorker`` replicas: one contiguous share of the prompts each, in index order."""
 
@@ -54,19 +62,13 @@ class FleetJudge:
 
     async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
         """See ``Judge.judge``."""
-        began = time.monotonic()
         with _failing_as(JudgeError):
-            verdicts: list[tuple[Verdict, ...]] = await self._fleet.scatter("judge", list(groups), self._constitution)
-        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
-        return verdicts
+            return await _metered(self._fleet, self._meter, "judge", groups, self._constitution)
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``: signed, centred margins."""
-        began = time.monotonic()
         with _failing_as(ScorerError):
-            scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups), self._constitution)
-        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
-        return scores
+            return await _metered(self._fleet, self._meter, "score", groups, self._constitution)
 
 
 class FleetScorer:
@@ -79,11 +81,8 @@ class FleetScorer:
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``."""
-        began = time.monotonic()
         with _failing_as(ScorerError):
-            scores: list[tuple[Score, ...]] = await self._fleet.scatter("score", list(groups))
-        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
-        return scores
+            return await _metered(self._fleet, self._meter, "score", groups)
 
 
 class FleetAnnotator:
@@ -95,10 +94,7 @@ class FleetAnnotator:
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """See ``Annotator.annotate``."""
-        began = time.monotonic()
-        annotated: list[GroupHandle] = await self._fleet.scatter("annotate", list(groups))
-        self._meter(self._fleet.role, sum(g.num_tokens for g in groups), time.monotonic() - began)
-        return annotated
+        return await _metered(self._fleet, self._meter, "annotate", groups)
 
 
 class RemoteRecorder:

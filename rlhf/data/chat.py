@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
-from rlhf.data.formats import Row
+from rlhf.data.formats import Row, check_unique, read_rows, select_rows
 from rlhf.errors import DataError
 from rlhf.types import Message
 
@@ -39,6 +39,49 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
             needed="a tokenizer with a chat template",
             action="Use an instruction-tuned model, add chat_template to its tokenizer, or set render: plain.",
         )
+
+
+class RowsConfig(Protocol):
+    """What settings of a data file say of its rows."""
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def where(self) -> Mapping[str, str | list[str]]:
+        """Wanted values by column."""
+        ...
+
+    @property
+    def render(self) -> Render:
+        """How its texts become tokens."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """How many of the wanted rows are kept; None keeps all."""
+        ...
+
+
+def wanted_rows(config: RowsConfig, tokenizer: Any, *, unique: str | None = None) -> list[Row]:
+    """Reads the rows that a file's settings ask for, in order.
+
+    Args:
+        config: Which file and which of its rows.
+        tokenizer: Of the model; checked for a chat template where the settings need one.
+        unique: A column in which no value of the file may occur twice.
+
+    Raises:
+        DataError: A fault in the file, no row left, or chat data without a chat template.
+    """
+    if config.render == "chat":
+        require_chat_template(tokenizer, config.path)
+    rows = read_rows(config.path)
+    if unique is not None:
+        check_unique(rows, unique)
+    return select_rows(rows, config.where, config.path)[: config.limit]
 
 
 def render_text(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, where: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat
 
 from rlhf.config import StrictModel
-from rlhf.data.chat import Render, check_length, encode_completion, parse_messages, render_prompt, require_chat_template
-from rlhf.data.formats import Row, read_rows, select_rows
+from rlhf.data.chat import Render, check_length, encode_completion, parse_messages, render_prompt, wanted_rows
+from rlhf.data.formats import Row
 from rlhf.data.supervised import token_array
 from rlhf.errors import DataError
 from rlhf.feedback.rankings import num_ordered_pairs, ranking_from_scores, ranks_as_floats
@@ -95,9 +95,7 @@ def load_people_feedback(config: PreferenceDataConfig, tokenizer: Any, max_token
     Raises:
         DataError: A fault in the file, chat data without a chat template, or a text that is too long; with the line.
     """
-    if config.render == "chat":
-        require_chat_template(tokenizer, config.path)
-    rows = select_rows(read_rows(config.path), config.where, config.path)[: config.limit]
+    rows = wanted_rows(config, tokenizer)
     stated = _collect(config, rows)
     feedback: list[PeopleFeedback] = []
     for number, (messages, about) in enumerate(stated.items()):

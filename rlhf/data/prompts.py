@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from rlhf.config import StrictModel
-from rlhf.data.chat import Render, check_length, parse_messages, render_prompt, require_chat_template
-from rlhf.data.formats import Row, check_unique, field_text, read_rows, select_rows
+from rlhf.data.chat import Render, check_length, parse_messages, render_prompt, wanted_rows
+from rlhf.data.formats import Row, field_text
 from rlhf.errors import DataError
 from rlhf.types import Message, Prompt
 
@@ -67,11 +67,7 @@ def load_prompts(config: PromptDataConfig, tokenizer: Any, max_prompt_tokens: in
     Raises:
         DataError: A fault in the file, chat data without a chat template, or a prompt that is too long; with the line.
     """
-    if config.render == "chat":
-        require_chat_template(tokenizer, config.path)
-    rows = read_rows(config.path)
-    check_unique(rows, UID_COLUMN)
-    rows = select_rows(rows, config.where, config.path)[: config.limit]
+    rows = wanted_rows(config, tokenizer, unique=UID_COLUMN)
     return [_load_prompt(config, row, tokenizer, max_prompt_tokens) for row in rows]
 
 

@@ -18,9 +18,9 @@ from rlhf.data.chat import (
     parse_messages,
     render_prompt,
     render_text,
-    require_chat_template,
+    wanted_rows,
 )
-from rlhf.data.formats import Row, check_unique, read_rows, select_rows
+from rlhf.data.formats import Row
 from rlhf.data.prompts import UID_COLUMN, row_uid
 from rlhf.types import Message, TrainGroup
 
@@ -52,12 +52,8 @@ def load_supervised(config: SupervisedDataConfig, tokenizer: Any, max_tokens: in
     Raises:
         DataError: A fault in the file, chat data without a chat template, or a record that is too long; with the line.
     """
-    if config.render == "chat":
-        require_chat_template(tokenizer, config.path)
-    rows = read_rows(config.path)
-    check_unique(rows, UID_COLUMN)
     groups = []
-    for row in select_rows(rows, config.where, config.path)[: config.limit]:
+    for row in wanted_rows(config, tokenizer, unique=UID_COLUMN):
         messages = read_record(row)
         last = len(messages) - 1
         learned = [i for i, message in enumerate(messages) if message.role == "assistant"]

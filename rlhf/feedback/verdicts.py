@@ -13,7 +13,7 @@ from typing import Literal
 
 from rlhf.feedback.constitution import Constitution
 from rlhf.feedback.prompts import JudgeRequest
-from rlhf.types import Prompt, Verdict
+from rlhf.types import Verdict
 
 Disagreement = Literal["tie", "none"]
 """What two orders that name different winners amount to: a tie, or no outcome."""
@@ -84,22 +84,6 @@ def make_verdict(
     words = "; ".join(f"log p({label!r}) = {log_probs[label]:.4f}" for label in request.labels)
     reason = f"{words}; centre {centre:.4f}; sign {sign:+g}" + (f"; {request.note}" if request.note else "")
     return Verdict(request.uid, request.samples, sign * (margin - centre), reason=reason, judge=who)
-
-
-def make_verdicts(
-    constitution: Constitution,
-    prompt: Prompt,
-    answers: Sequence[tuple[JudgeRequest, Mapping[str, float] | None]],
-    *,
-    centre: float,
-    judge: str,
-) -> tuple[Verdict, ...]:
-    """Turns all answers about one prompt into verdicts, in the same order; a None answer becomes a missing verdict."""
-    sign = constitution.sign_of(prompt)
-    return tuple(
-        make_verdict(constitution, request, log_probs, sign=sign, centre=centre, judge=judge)
-        for request, log_probs in answers
-    )
 
 
 def fixed_centre(constitution: Constitution) -> float | None:

@@ -20,12 +20,6 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over True places of ``mask`` (same shape), along ``dim`` or over everything; NaN where there are none."""
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(values, mask, dim) / count
-
-
 def group_sum(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
     """Sums values [N] by their group: [G], in the values' dtype."""
     return torch.zeros(num_groups, dtype=values.dtype, device=values.device).index_add(0, group_index, values)

@@ -78,19 +78,5 @@ def kendall_tau_b(first: Values, second: Values) -> float | None:
     return None if product == 0 else (counts.concordant - counts.discordant) / float(np.sqrt(product))
 
 
-def pair_accuracy(scores: Values, ranks: Values) -> tuple[float, int]:
-    """How many ordered pairs of a ranking the scores put the right way round.
-
-    Args:
-        scores: Higher is better. [K]
-        ranks: Lower is better; ties give no pair. [K]
-
-    Returns:
-        Right pairs, of which a pair with equal scores is half a one, and ordered pairs. Both add over prompts.
-    """
-    counts = count_pairs(scores, -_floats(ranks))
-    return counts.concordant + counts.tied_first / 2, counts.concordant + counts.discordant + counts.tied_first
-
-
 def _floats(values: Values) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -8,7 +8,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.fingerprint import fingerprint_file, fingerprint_files
 from rlhf.data.formats import check_unique, field_text, read_rows, select_rows
 from rlhf.errors import DataError
 
@@ -138,13 +137,3 @@ def test_fields_are_text():
     assert field_text(3) == "3"
     assert field_text({"a": 1}) is None
     assert field_text(None) is None
-
-
-def test_a_fingerprint_follows_the_bytes(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"a": 1}\n')
-    before = fingerprint_file(path)
-    assert fingerprint_files([path]) == {str(path): before}
-    path.write_text('{"a": 2}\n')
-    assert fingerprint_file(path) != before
-    with pytest.raises(DataError, match="no file"):
-        fingerprint_file(tmp_path / "none")

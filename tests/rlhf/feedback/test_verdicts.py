@@ -7,8 +7,8 @@ import math
 import pytest
 
 from rlhf.feedback.prompts import JudgeRequest
-from rlhf.feedback.verdicts import PairOutcome, cache_key, make_verdict, make_verdicts, pair_outcomes
-from rlhf.types import Message, Prompt, Verdict
+from rlhf.feedback.verdicts import PairOutcome, cache_key, make_verdict, pair_outcomes
+from rlhf.types import Verdict
 
 LABELS = (" positive", " negative")
 REQUEST = JudgeRequest("u", (2,), "text", LABELS)
@@ -47,14 +47,6 @@ def test_a_failure_is_missing_with_its_reason(make, log_probs, words):
 
 def test_the_engines_own_error_is_kept(make):
     assert verdict(make(), None, error="timed out after 30 s").error == "timed out after 30 s"
-
-
-def test_verdicts_of_a_prompt_keep_their_order_and_sign(make):
-    prompt = Prompt("u", (Message("user", "x"),), (1,), {"request": "scathing"})
-    answers = [(JudgeRequest("u", (0,), "t", LABELS), ANSWER), (JudgeRequest("u", (1,), "t", LABELS), None)]
-    first, second = make_verdicts(make(), prompt, answers, centre=0.0, judge="tiny")
-    assert first.value == pytest.approx(-math.log(3))
-    assert (first.samples, second.samples, second.value) == ((0,), (1,), None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import DataError
-from rlhf.maths.rank_correlation import count_pairs, kendall_tau_b, pair_accuracy
+from rlhf.maths.rank_correlation import count_pairs, kendall_tau_b
 
 
 def test_full_agreement_and_full_disagreement():
@@ -42,14 +42,6 @@ def test_no_correlation_is_not_a_number(first, second):
 def test_lists_of_two_lengths_are_refused():
     with pytest.raises(DataError, match="lists of 2 and 3"):
         kendall_tau_b([1, 2], [1, 2, 3])
-
-
-def test_pair_accuracy_by_hand():
-    # Ranks order (0,1) (0,2) (1,2); 3 ties with 2. Scores: 0 beats 1, 0 equals 2, 2 beats 1.
-    right, pairs = pair_accuracy([2.0, 1.0, 2.0], [1, 2, 3])
-    assert (right, pairs) == (1.5, 3)
-    assert pair_accuracy([3.0, 1.0, 0.0, 9.0], [1, 2, 2, None]) == (2.0, 2)
-    assert pair_accuracy([1.0, 2.0], [1, 1]) == (0.0, 0)
 
 
 def test_counts_add():
