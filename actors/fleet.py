@@ -120,7 +120,8 @@ class Fleet:
             try:
                 await gather_all(self._join() for _ in range(self.num_missing))
             except RlhfError:
-                self._wanted = max(before, len(self.healthy))  # what could not join is not asked for again
+                if self._wanted:  # it was not stopped meanwhile
+                    self._wanted = max(before, len(self.healthy))  # what could not join is not asked for again
                 raise
 
     async def repair(self) -> None:
@@ -150,7 +151,7 @@ class Fleet:
         await gather_all(self._stop(replica) for replica in list(self._replicas))
 
     async def _restart(self, error: RlhfError) -> Replica:
-        while self._restarts < self.limits.max_restarts:
+        while self._wanted and self._restarts < self.limits.max_restarts:  # a stopped fleet wants nobody
             self._restarts += 1
             try:
                 return await self._join()
@@ -177,6 +178,10 @@ class Fleet:
             if replica.state is not ReplicaState.HEALTHY:
                 placed.add_done_callback(lambda _: self._bury_late(replica, placed))
                 self._bury(replica)
+        if replica.state is not ReplicaState.HEALTHY:
+            raise ReplicaLostError(
+                where, found="a fleet that was stopped meanwhile", needed="a fleet", action="Nothing: it is ended."
+            )
         self._replicas.sort(key=lambda other: other.index)
         seconds = asyncio.get_running_loop().time() - began
         self._event("replica_joined", role=self.role, replica=replica.index, seconds=round(seconds, 3))

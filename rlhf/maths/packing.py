@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ from torch import Tensor
 
 from rlhf.errors import ConfigError, DataError
 from rlhf.types import TrainGroup
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RecordT = TypeVar("RecordT", bound="DataclassInstance")
 
 PROMPT_SEGMENT = 0
 PADDING_SEGMENT = -1
@@ -105,11 +110,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Returns the batch with every tensor on ``device``."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
-        return replace(self, **moved)
+        return move_tensors(self, device)
 
     def gather_targets(self, hidden: Tensor) -> Tensor:
         """Picks the outputs that predict real completion tokens, padding left out.
@@ -130,6 +131,12 @@ class PackedBatch:
     def gather_last(self, hidden: Tensor) -> Tensor:
         """Picks the output at each sequence's last token: [B, S, D] or [B, S] -> [N, D] or [N]."""
         return hidden[self.row_index, self.last_index]
+
+
+def move_tensors(record: RecordT, device: torch.device | str) -> RecordT:
+    """Returns a copy of a dataclass with each of its fields that is a tensor on ``device``."""
+    found = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)})
 
 
 def pack(groups: Sequence[TrainGroup], *, pad_id: int, multiple_of: int = 1, share_prefix: bool = True) -> PackedBatch:

@@ -36,7 +36,8 @@ def language_outputs(
     Args:
         model: Causal language model, PEFT or plain.
         batch: Rows on the model's device.
-        temperature: Logits are divided by it, as the sampler did.
+        temperature: Logits are divided by it, as the sampler did; 0, the likeliest token, counts as 1, as engines
+            report its log-probs.
         need_entropy: Whether to compute the entropy at each target as well.
 
     Returns:
@@ -46,7 +47,7 @@ def language_outputs(
     # One call of the head whatever the number of targets: where its weights are sharded, each call is a collective.
     logits = head_of(model, "language_model")(hidden)
     targets = batch.target_ids[batch.length_mask]
-    log_probs, entropy = token_log_probs(logits, targets, temperature=temperature, with_entropy=need_entropy)
+    log_probs, entropy = token_log_probs(logits, targets, temperature=temperature or 1.0, with_entropy=need_entropy)
     return ModelOutputs(
         log_probs=batch.scatter_targets(log_probs),
         entropy=None if entropy is None else batch.scatter_targets(entropy),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.errors import DataError
 from rlhf.maths.ops import group_sum
-from rlhf.maths.packing import PackedBatch, pad_tokens
+from rlhf.maths.packing import PackedBatch, move_tensors, pad_tokens
 from rlhf.maths.pairs import OrderedPairs, count_ordered_pairs
 from rlhf.types import TrainGroup
 
@@ -136,11 +136,7 @@ class TokenSignals:
 
     def to(self, device: torch.device | str) -> TokenSignals:
         """Returns the signals with every tensor on ``device``."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
-        return replace(self, **moved)
+        return move_tensors(self, device)
 
 
 def sequences_of_groups(batch: PackedBatch, groups: Sequence[int]) -> Tensor:

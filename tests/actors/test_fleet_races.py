@@ -80,6 +80,8 @@ class FakeActor:
             reply.settle(ActorDiedError())
             return reply
         self.pending.append(reply)
+        if method in self.world.never:
+            return reply
         draw = self.world.draw
         if isinstance(reply, FakeStream):
             for i, item in enumerate(args[0]):
@@ -133,6 +135,8 @@ class World:
     actors: list[FakeActor] = field(default_factory=list)
     retired: list[FakeActor] = field(default_factory=list)
     cut_short: list[int] = field(default_factory=list)
+    never: set[str] = field(default_factory=set)
+    """Methods that are not answered."""
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -235,6 +239,27 @@ def test_with_deaths_calls_come_through_or_fail_as_lost_and_no_actor_is_forgotte
 ) -> None:
     drive(seed, mortality, sizes, FleetLimits(5.0, 5.0, max_restarts=1000))
     drive(seed, mortality, sizes, FleetLimits(5.0, 5.0, max_restarts=2))
+
+
+def test_a_fleet_that_is_stopped_in_the_middle_of_a_replacement_starts_no_further_actor() -> None:
+    async def body() -> None:
+        world, events = World(random.Random(0), 0.0), []
+        limits = FleetLimits(5.0, 5.0, max_restarts=3)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda kind, **_: events.append(kind), limits)
+        await fleet.scale(1)
+        world.never.add("start")
+        world.actors[0].die()
+        work = asyncio.create_task(fleet.scatter("answer", items(1)))
+        while len(world.actors) < 2 or not world.actors[1].pending:
+            await asyncio.sleep(0.001)
+        await fleet.stop()
+        with pytest.raises(ReplicaLostError):
+            await work
+        assert len(world.actors) == 2 and set(world.retired) == set(world.actors)
+        assert not any(actor.alive for actor in world.actors)
+        assert events.count("replica_joined") == 1
+
+    asyncio.run(asyncio.wait_for(body(), 20))
 
 
 def test_rare_deaths_usually_come_through() -> None:

@@ -50,6 +50,15 @@ def test_packed_log_probs_equal_one_sequence_at_a_time(tiny: Path, attention: st
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_greedy_log_probs_are_those_at_temperature_one(tiny: Path) -> None:
+    """An engine that takes the likeliest token reports them so; a division by zero would make them NaN."""
+    model = load_policy(ModelConfig(path=str(tiny), dtype="float32")).eval()
+    batch = pack(make_groups(), pad_id=0)
+    with torch.no_grad():
+        greedy, plain = (language_outputs(model, batch, temperature=t).log_probs for t in (0.0, 1.0))
+    torch.testing.assert_close(greedy, plain, rtol=0, atol=0)
+
+
 SIZES = dict(
     vocab_size=64,
     hidden_size=32,
