@@ -259,19 +259,22 @@ class Fleet:
 
         Raises:
             PublicationError: No replica is left.
+            RlhfError: What was asked cannot be done by any replica; none is dropped for it.
         """
         working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
         replicas = [replica for replica in self._replicas if replica.state in working]
         calls = [self._submit(replica, method, *args) for replica in replicas]
         results = await asyncio.gather(*calls, return_exceptions=True)
-        kept = []
+        kept, impossible = [], None
         for replica, result in zip(replicas, results, strict=True):
-            if isinstance(result, RlhfError):
+            if isinstance(result, (*REPLACEABLE, PublicationError)):
                 self._drop(replica, result)
             elif isinstance(result, BaseException):
-                raise result
+                impossible = impossible or result
             else:
                 kept.append(result)
+        if impossible is not None:
+            raise impossible
         if not self.healthy:
             failures = "; ".join(str(r) for r in results if isinstance(r, RlhfError)) or "no healthy replica"
             raise PublicationError(

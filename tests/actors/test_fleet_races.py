@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 
 import actors.fleet
 from actors.fleet import Fleet, FleetLimits
-from rlhf.errors import PublicationError, ReplicaLostError
+from rlhf.errors import DataError, EngineError, PublicationError, ReplicaLostError, RlhfError
 from tests.actors.fleets import Answer, Item, items
 
 
@@ -101,7 +101,8 @@ class FakeActor:
             self.pending.remove(reply)
             if method == "stop" and self.pending:
                 self.world.cut_short.append(self.index)
-            reply.settle([Answer(item.uid, self.index) for item in args[0]] if method == "answer" else None)
+            answers = [Answer(item.uid, self.index) for item in args[0]] if method == "answer" else None
+            reply.settle(self.world.errors.get((method, self.index), answers))
 
     def die(self) -> None:
         self.alive = False
@@ -137,6 +138,8 @@ class World:
     cut_short: list[int] = field(default_factory=list)
     never: set[str] = field(default_factory=set)
     """Methods that are not answered."""
+    errors: dict[tuple[str, int], RlhfError] = field(default_factory=dict)
+    """What a method raises on one actor."""
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -258,6 +261,26 @@ def test_a_fleet_that_is_stopped_in_the_middle_of_a_replacement_starts_no_furthe
         assert len(world.actors) == 2 and set(world.retired) == set(world.actors)
         assert not any(actor.alive for actor in world.actors)
         assert events.count("replica_joined") == 1
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def test_a_broadcast_of_what_cannot_be_done_says_so_and_blames_no_replica() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits(5.0, 5.0, 3))
+        await fleet.scale(2)
+        fault = DataError("prompt p0", found="no field", needed="one", action="Add it.")
+        world.errors[("load", 0)] = fault
+        with pytest.raises(DataError) as caught:
+            await fleet.broadcast("load")
+        assert caught.value is fault
+        assert [replica.index for replica in fleet.healthy] == [0, 1]
+        world.errors[("load", 1)] = EngineError("echo[1]", found="a dead engine", needed="a living one", action="No.")
+        with pytest.raises(DataError):
+            await fleet.broadcast("load")
+        assert [replica.index for replica in fleet.healthy] == [0], "one that failed by itself still leaves"
+        await fleet.stop()
 
     asyncio.run(asyncio.wait_for(body(), 20))
 
