@@ -11,22 +11,22 @@ from actors.evaluator import EvaluatorWorker
 from actors.store import LocalStore
 from rlhf.errors import ConfigError, DataError, RlhfError
 from rlhf.evaluation.report_card import ReportCardConfig
-from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, Score, VersionSpan
+from rlhf.types import Completion, GroupHandle, Prompt, Ranking, Rollout, RolloutGroup, VersionSpan
 
 
-def group(fields: dict[str, str], *margins: float) -> GroupHandle:
+def group(uid: str, fields: dict[str, str]) -> GroupHandle:
     texts = ["a wonderful, great film", "a terrible, awful film"]
     ids, log_probs = np.array([5], np.int32), np.zeros(1, np.float32)
     rollouts = tuple(Rollout(Completion(ids, log_probs, text, "stop", (VersionSpan(0, 0, 1),))) for text in texts)
-    scores = tuple(Score(margin) for margin in margins)
-    return GroupHandle("p0", RolloutGroup(Prompt("p0", (), (1,), fields), rollouts), 1, (1, 1), (0, 0), scores)
+    return GroupHandle(uid, RolloutGroup(Prompt(uid, (), (1,), fields), rollouts), 1, (1, 1), (0, 0))
 
 
 def test_agreement_goes_by_what_was_asked(tmp_path: Path) -> None:
     worker = EvaluatorWorker(tmp_path, LocalStore(), ReportCardConfig())
-    praise, scorn = {"request": "enthusiastic"}, {"request": "scathing"}
-    assert worker.judge_agreement([group(praise, 1.0, -1.0), group(scorn, -1.0, 1.0)])["mean"] == 1.0
-    assert worker.judge_agreement([group(praise, -1.0, 1.0)])["mean"] == 0.0
+    groups = [group("praise", {"request": "enthusiastic"}), group("scorn", {"request": "scathing"})]
+    rankings = [Ranking("praise", (1, 2)), Ranking("scorn", (2, 1))]
+    assert worker.judge_agreement(groups, rankings)["mean"] == 1.0
+    assert worker.judge_agreement(groups, [Ranking("praise", (2, 1))])["mean"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ def test_a_request_that_nobody_knows_is_named(
 ) -> None:
     worker = EvaluatorWorker(tmp_path, LocalStore(), ReportCardConfig())
     with pytest.raises(kind, match=found):
-        worker.judge_agreement([group(fields, 1.0, -1.0)])
+        worker.judge_agreement([group("p0", fields)], [Ranking("p0", (1, 2))])
