@@ -35,7 +35,7 @@ test-all: lint ## everything, the long drills and learning runs included
 	$(PYTEST) --fail-early
 
 seeds: setup ## the quickstart with three seeds and the null arm, as a table; goes on where it stopped
-	$(PY) benchmarks/seeds.py
+	$(PY) -m cluster.seeds
 
 docs: setup ## write docs/config.md from the configuration classes
 	$(PY) -m cluster.reference docs/config.md

@@ -1,6 +1,6 @@
 """The quickstart with three seeds and a null arm (verdicts shuffled), as a table; goes on where it stopped.
 
-.venv/bin/python benchmarks/seeds.py
+``make seeds`` runs it; each arm takes as long as the quickstart.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METRICS = ("follows_request", "judge_margin", "distinct_2", "length", "on_topic"
 
 
 def main() -> None:
-    """Runs every arm that has no summary yet and prints one row each."""
+    """Runs every arm, which goes on where it stopped and returns at once when complete, and prints one row each."""
     for name, overrides in ARMS.items():
         command = [sys.executable, "-m", "cluster.cli", "run", "configs/quickstart.yaml", f"run_dir=runs/{name}"]
         subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
