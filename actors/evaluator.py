@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.store import Store, fetch_all, fetch_payload
 from rlhf.errors import DataError
+from rlhf.evaluation.bootstrap import resampled_by
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.evaluation.independent import VaderScorer, request_sign
 from rlhf.evaluation.report_card import ReportCardConfig, grade
@@ -71,13 +72,15 @@ class EvaluatorWorker:
         """
         ranks_by_uid = {ranking.uid: ranking.ranks for ranking in rankings}
         ranked = [handle for handle in groups if handle.uid in ranks_by_uid]
-        scores = []
+        scores, subjects = [], []
         for group in fetch_all(ranked, self._store, fetch_payload, where="evaluator"):
             sign = request_sign(self._request(group.prompt), self._config.independent.request_signs)
             texts = [rollout.completion.text for rollout in group.rollouts]
             scores.append([sign * value for value in self._scorer.score(texts)])
+            subjects.append(group.prompt.fields.get(self._config.subject_field, ""))
         ranks = [ranks_by_uid[handle.uid] for handle in ranked]
-        return pair_accuracy(scores, ranks, self._config.bootstrap).model_dump()
+        clusters = resampled_by(subjects, [handle.uid for handle in ranked])
+        return pair_accuracy(scores, ranks, self._config.bootstrap, clusters).model_dump()
 
     def _request(self, prompt: Prompt) -> str:
         field = self._config.slice_field

@@ -199,6 +199,8 @@ class TrainGroup:
         reference_log_probs: From the frozen reference. K arrays [T_k]
         values: From the critic. K arrays [T_k]
         loss_masks: True where a completion token is trained on; absent means every token. K arrays [T_k]
+        cluster: What the prompt shares with others, such as its subject: groups of one cluster are held out together
+            and resampled together. Empty: it stands alone.
     """
 
     uid: str
@@ -210,3 +212,4 @@ class TrainGroup:
     reference_log_probs: tuple[FloatArray, ...] | None = None
     values: tuple[FloatArray, ...] | None = None
     loss_masks: tuple[NDArray[np.bool_], ...] | None = None
+    cluster: str = ""

@@ -17,7 +17,8 @@ from pydantic import Field, FiniteFloat
 
 from rlhf.config import StrictModel
 from rlhf.data.chat import Render, check_length, encode_completion, parse_messages, render_prompt, wanted_rows
-from rlhf.data.formats import Row
+from rlhf.data.formats import Row, field_text
+from rlhf.data.prompts import SUBJECT_COLUMN
 from rlhf.data.supervised import token_array
 from rlhf.errors import DataError
 from rlhf.feedback.rankings import num_ordered_pairs, ranking_from_scores, ranks_as_floats
@@ -59,12 +60,14 @@ class PeopleFeedback:
         completions: The texts, each different. [K]
         ranking: Over them, source ``"people"``.
         where: The first row that it comes from.
+        cluster: That row's subject, or the prompt, which may have several rankings.
     """
 
     prompt: Prompt
     completions: tuple[str, ...]
     ranking: Ranking
     where: str
+    cluster: str
 
 
 @dataclass(slots=True)
@@ -102,15 +105,18 @@ def load_people_feedback(config: PreferenceDataConfig, tokenizer: Any, max_token
         where = about.where.where
         token_ids = render_prompt(tokenizer, messages, render=config.render, where=where)
         merged = _merge(about, config.tie_width)
+        name = f"people/{number:05d}"
+        cluster = field_text(about.where.values.get(SUBJECT_COLUMN)) or name
         for part, (members, ranks) in enumerate(merged):
-            uid = f"people/{number:05d}" + (f"/{part}" if len(merged) > 1 else "")
+            uid = name + (f"/{part}" if len(merged) > 1 else "")
             texts = tuple(about.completions[member] for member in members)
             for text in texts:
                 length = len(token_ids) + len(encode_completion(tokenizer, text, where))
                 check_length(length, max_tokens, where, "a prompt and completion")
             ranking = Ranking(uid, ranks, SOURCE)
             if num_ordered_pairs(ranking):
-                feedback.append(PeopleFeedback(Prompt(uid, messages, token_ids), texts, ranking, where))
+                prompt = Prompt(uid, messages, token_ids)
+                feedback.append(PeopleFeedback(prompt, texts, ranking, where, cluster))
     if not feedback:
         raise DataError(
             config.path,
@@ -129,6 +135,7 @@ def feedback_groups(feedback: Sequence[PeopleFeedback], tokenizer: Any) -> list[
             token_array(item.prompt.token_ids),
             tuple(token_array(encode_completion(tokenizer, text, item.where)) for text in item.completions),
             ranks=ranks_as_floats(item.ranking),
+            cluster=item.cluster,
         )
         for item in feedback
     ]

@@ -23,6 +23,9 @@ _SLOT = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 UID_COLUMN = "uid"
 """Names a row for good; without it, the file's name and the row's number do."""
 
+SUBJECT_COLUMN = "subject"
+"""What a row is about. Rows of one subject are alike, so what is held out is held out by subject."""
+
 
 class PromptDataConfig(StrictModel):
     """Where prompts come from. At most one of ``prompt_column``, ``messages_column`` and ``template`` is set."""

@@ -20,8 +20,8 @@ from rlhf.data.chat import (
     render_text,
     wanted_rows,
 )
-from rlhf.data.formats import Row
-from rlhf.data.prompts import UID_COLUMN, row_uid
+from rlhf.data.formats import Row, field_text
+from rlhf.data.prompts import SUBJECT_COLUMN, UID_COLUMN, row_uid
 from rlhf.types import Message, TrainGroup
 
 
@@ -55,14 +55,16 @@ def load_supervised(config: SupervisedDataConfig, tokenizer: Any, max_tokens: in
     groups = []
     for row in wanted_rows(config, tokenizer, unique=UID_COLUMN):
         messages = read_record(row)
+        record = row_uid(row, config.path)
+        cluster = field_text(row.values.get(SUBJECT_COLUMN)) or record  # a turn is part of the turns after it
         last = len(messages) - 1
         learned = [i for i, message in enumerate(messages) if message.role == "assistant"]
         for turn in learned if config.turns == "all" else [last]:
             group = render_record(messages[: turn + 1], tokenizer, render=config.render, where=row.where)
-            uid = row_uid(row, config.path) if turn == last else f"{row_uid(row, config.path)}/turn{turn}"
+            uid = record if turn == last else f"{record}/turn{turn}"
             num_tokens = len(group[0]) + len(group[1])
             check_length(num_tokens, max_tokens, row.where, "a record")
-            groups.append(TrainGroup(uid, token_array(group[0]), (token_array(group[1]),)))
+            groups.append(TrainGroup(uid, token_array(group[0]), (token_array(group[1]),), cluster=cluster))
     return groups
 
 

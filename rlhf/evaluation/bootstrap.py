@@ -1,8 +1,8 @@
-"""Seeded percentile bootstrap intervals, clustered by prompt.
+"""Seeded percentile bootstrap intervals, clustered by subject or prompt.
 
-Completions of one prompt are alike, so prompts are drawn, not completions: in each resample every prompt has an
-integer weight from a multinomial, and a mean is the weighted sum over the weighted count (Efron and Tibshirani, "An
-Introduction to the Bootstrap", 1993, chapters 8 and 13).
+Completions of one prompt are alike, and so are prompts on one subject, so subjects (prompts where they have none) are
+drawn, not completions: in each resample every cluster has an integer weight from a multinomial, and a mean is the
+weighted sum over the weighted count (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8, 13).
 """
 
 from __future__ import annotations
@@ -43,6 +43,20 @@ class BootstrapConfig(StrictModel):
     """Share of resamples inside the interval."""
     seed: int = Field(default=0, ge=0)
     """Seed of the resampling; the same rows and seed give the same interval."""
+
+
+def resampled_by(clusters: Sequence[str], items: Sequence[str]) -> list[str]:
+    """What is to be resampled: each row's cluster, or its item where it is in none.
+
+    Where all rows are in one cluster it is the items: one cluster alone would be drawn again and again, and its
+    interval would claim that there is no spread.
+
+    Args:
+        clusters: For example subjects; empty where a row has none. [n]
+        items: For example prompts' uids. [n]
+    """
+    names = [cluster or item for cluster, item in zip(clusters, items, strict=True)]
+    return names if len(set(names)) > 1 else list(items)
 
 
 def _cluster(values: Values, clusters: Sequence[Hashable], index: dict[Hashable, int]) -> tuple[Values, Values]:

@@ -18,6 +18,7 @@ from rlhf.evaluation.bootstrap import (
     jackknife_interval,
     paired_difference,
     ratio_interval,
+    resampled_by,
 )
 from rlhf.evaluation.completions import ARMS, EvalCompletion
 from rlhf.evaluation.independent import IndependentScorerConfig, follows_request
@@ -26,6 +27,8 @@ from rlhf.evaluation.text import distinct_n, distinct_n_left_out, on_topic, repe
 from rlhf.evaluation.win_rate import win_rate
 
 Metrics = dict[str, Interval]
+Clusters = Mapping[str, str]
+"""What intervals resample, by prompt: its subject, or the prompt itself."""
 
 
 class ReportCardConfig(StrictModel):
@@ -161,13 +164,21 @@ def _slice(rows: Sequence[EvalCompletion], config: ReportCardConfig) -> SliceSum
     arms = {arm: [row for row in rows if row.arm == arm] for arm in ARMS}
     margins = {arm: _margins(arms[arm]) for arm in ("before", "after")}
     judged = margins["before"].keys() & margins["after"].keys()
+    subjects = {row.uid: row.subject for row in rows}
+    clusters = dict(zip(subjects, resampled_by(list(subjects.values()), list(subjects)), strict=True))
     return SliceSummary(
         num_prompts=len({row.uid for row in arms["before"]}),
-        before=_metrics(arms["before"], config),
-        after=_metrics(arms["after"], config),
-        best_of_n=_metrics(arms["best_of_n"], config),
-        delta=_deltas(arms["after"], arms["before"], config),
-        win_rate=win_rate(margins["after"], margins["before"], config.bootstrap, tie_margin=config.tie_margin)
+        before=_metrics(arms["before"], config, clusters),
+        after=_metrics(arms["after"], config, clusters),
+        best_of_n=_metrics(arms["best_of_n"], config, clusters),
+        delta=_deltas(arms["after"], arms["before"], config, clusters),
+        win_rate=win_rate(
+            margins["after"],
+            margins["before"],
+            config.bootstrap,
+            tie_margin=config.tie_margin,
+            cluster_of=clusters,
+        )
         if judged
         else None,
     )
@@ -194,36 +205,38 @@ def _known(rows: Sequence[EvalCompletion], name: str, measure: Measure) -> tuple
     return values, weights, uids
 
 
-def _metrics(rows: Sequence[EvalCompletion], config: ReportCardConfig) -> Metrics:
+def _metrics(rows: Sequence[EvalCompletion], config: ReportCardConfig, clusters: Clusters) -> Metrics:
     metrics: Metrics = {}
     for name, measure in _measures(config).items():
         values, weights, uids = _known(rows, name, measure)
         if values:
             weighted = [value * weight for value, weight in zip(values, weights, strict=True)]
-            metrics[name] = ratio_interval(weighted, weights, uids, config.bootstrap)
+            metrics[name] = ratio_interval(weighted, weights, [clusters[uid] for uid in uids], config.bootstrap)
     if rows:
-        estimate, left_out = _distinct(rows)
+        estimate, left_out = _distinct(rows, clusters)
         metrics["distinct_2"] = jackknife_interval(estimate, left_out, config.bootstrap)
     return metrics
 
 
-def _deltas(after: Sequence[EvalCompletion], before: Sequence[EvalCompletion], config: ReportCardConfig) -> Metrics:
+def _deltas(
+    after: Sequence[EvalCompletion], before: Sequence[EvalCompletion], config: ReportCardConfig, clusters: Clusters
+) -> Metrics:
     deltas: Metrics = {}
     for name, measure in _measures(config).items():
         sides = []
         for rows in (after, before):
             values, _, uids = _known(rows, name, measure)
-            sides.append((values, uids))
+            sides.append((values, [clusters[uid] for uid in uids]))
         if name not in _PER_TOKEN and set(sides[0][1]) & set(sides[1][1]):
             deltas[name] = paired_difference(sides[0], sides[1], config.bootstrap)
-    (estimate_a, left_a), (estimate_b, left_b) = _distinct(after), _distinct(before)
+    (estimate_a, left_a), (estimate_b, left_b) = _distinct(after, clusters), _distinct(before, clusters)
     differences = [a - b for a, b in zip(left_a, left_b, strict=True)]
     deltas["distinct_2"] = jackknife_interval(estimate_a - estimate_b, differences, config.bootstrap)
     return deltas
 
 
-def _distinct(rows: Sequence[EvalCompletion]) -> tuple[float, list[float]]:
-    """Distinct-2 over one completion per prompt, averaged over the samples, and its leave-one-prompt-out values.
+def _distinct(rows: Sequence[EvalCompletion], clusters: Clusters) -> tuple[float, list[float]]:
+    """Distinct-2 over one completion per prompt, averaged over the samples, and its values without each cluster.
 
     A set of n texts is compared with sets of n texts only, so that two completions per prompt before training and one
     of best-of-n give comparable numbers.
@@ -234,6 +247,7 @@ def _distinct(rows: Sequence[EvalCompletion]) -> tuple[float, list[float]]:
     ordered = [sorted(prompts[uid], key=lambda row: row.sample) for uid in sorted(prompts)]
     num_slots = min(len(siblings) for siblings in ordered)
     sets = [[siblings[slot].text for siblings in ordered] for slot in range(num_slots)]
-    left_out = [distinct_n_left_out(texts) for texts in sets]
+    names = [clusters[siblings[0].uid] for siblings in ordered]
+    left_out = [distinct_n_left_out(texts, names) for texts in sets]
     estimate = sum(distinct_n(texts) for texts in sets) / num_slots
     return estimate, [sum(values) / num_slots for values in zip(*left_out, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
 
 from rlhf.errors import DataError
@@ -38,7 +38,12 @@ def pair_outcomes(scores: Scores, ranks: Ranks) -> list[float]:
     return outcomes
 
 
-def pair_accuracy(scores: Sequence[Scores], ranks: Sequence[Ranks], config: BootstrapConfig) -> Interval:
+def pair_accuracy(
+    scores: Sequence[Scores],
+    ranks: Sequence[Ranks],
+    config: BootstrapConfig,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
     """Share of ranked pairs that the scores order alike, over all pairs of all prompts.
 
     The same function gives a judge's agreement with an independent scorer: pass the judge's values as scores and the
@@ -47,20 +52,22 @@ def pair_accuracy(scores: Sequence[Scores], ranks: Sequence[Ranks], config: Boot
     Args:
         scores: Per prompt, one score per sibling. [G][K]
         ranks: Per prompt, one rank per sibling. [G][K]
-        config: Resamples, confidence, seed; prompts are the clusters.
+        config: Resamples, confidence, seed.
+        clusters: Which prompts are alike, for example by subject; None: each stands alone. [G]
 
     Raises:
         DataError: No prompt has a pair with different ranks and both scores.
     """
     outcomes: list[float] = []
-    clusters: list[int] = []
-    for group, (group_scores, group_ranks) in enumerate(zip(scores, ranks, strict=True)):
+    drawn: list[Hashable] = []
+    names = range(len(scores)) if clusters is None else clusters
+    for name, group_scores, group_ranks in zip(names, scores, ranks, strict=True):
         pairs = pair_outcomes(group_scores, group_ranks)
         outcomes += pairs
-        clusters += [group] * len(pairs)
+        drawn += [name] * len(pairs)
     if not outcomes:
         raise _nothing_to_compare()
-    return mean_interval(outcomes, clusters, config)
+    return mean_interval(outcomes, drawn, config)
 
 
 def ranks_from_scores(scores: Scores) -> tuple[int | None, ...]:
@@ -70,19 +77,27 @@ def ranks_from_scores(scores: Scores) -> tuple[int | None, ...]:
     return tuple(None if s is None or math.isnan(s) else position[float(s)] for s in scores)
 
 
-def kendall_tau(scores: Sequence[Scores], ranks: Sequence[Ranks], config: BootstrapConfig) -> Interval:
+def kendall_tau(
+    scores: Sequence[Scores],
+    ranks: Sequence[Ranks],
+    config: BootstrapConfig,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
     """Mean over prompts of Kendall's tau-b; prompts where it is undefined (a side all tied) are left out.
+
+    The arguments are those of ``pair_accuracy``.
 
     Raises:
         DataError: It is undefined for every prompt.
     """
     # Of ranks lower is better: negated they point the same way as scores.
     better = [[None if rank is None else -rank for rank in group] for group in ranks]
-    taus = [kendall_tau_b(s, b) for s, b in zip(scores, better, strict=True)]
-    defined = [tau for tau in taus if tau is not None]
+    names = range(len(scores)) if clusters is None else clusters
+    taus = [(kendall_tau_b(s, b), name) for s, b, name in zip(scores, better, names, strict=True)]
+    defined = [(tau, name) for tau, name in taus if tau is not None]
     if not defined:
         raise _nothing_to_compare()
-    return mean_interval(defined, list(range(len(defined))), config)
+    return mean_interval([tau for tau, _ in defined], [name for _, name in defined], config)
 
 
 def _nothing_to_compare() -> DataError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _STOP_WORDS = frozenset(
@@ -36,15 +36,17 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(counts) / total if total else 0.0
 
 
-def distinct_n_left_out(texts: Sequence[str], n: int = 2) -> list[float]:
-    """``distinct_n`` of the set without text i, for every i, in one pass over the n-grams."""
-    per_text = [Counter(ngrams(words(text), n)) for text in texts]
+def distinct_n_left_out(texts: Sequence[str], clusters: Sequence[Hashable], n: int = 2) -> list[float]:
+    """``distinct_n`` of the set without each cluster's texts, clusters in the order in which they first occur."""
+    grams: dict[Hashable, Counter[tuple[str, ...]]] = {}
+    for cluster, text in zip(clusters, texts, strict=True):
+        grams.setdefault(cluster, Counter()).update(ngrams(words(text), n))
     all_counts: Counter[tuple[str, ...]] = Counter()
-    for counts in per_text:
+    for counts in grams.values():
         all_counts.update(counts)
     total = all_counts.total()
     values = []
-    for counts in per_text:
+    for counts in grams.values():
         only_here = sum(all_counts[gram] == count for gram, count in counts.items())
         rest = total - counts.total()
         values.append((len(all_counts) - only_here) / rest if rest else 0.0)

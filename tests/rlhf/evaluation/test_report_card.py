@@ -138,3 +138,22 @@ def test_a_rise_without_certainty_is_not_enough() -> None:
     summary = grade(rows, CONFIG)
     verdict = check_criteria(summary, 5.0, CriteriaConfig(min_delta_follows_request=0.0))
     assert verdict["follows_request_interval_above_zero"] == (summary.delta["follows_request"].low > 0)
+
+
+def test_intervals_resample_subjects_and_prompts_where_there_is_one_subject() -> None:
+    def width(interval) -> float:
+        return interval.high - interval.low
+
+    alike = []  # both prompts on a subject go alike, so there are half as many independent cases
+    for row in eval_rows():
+        subject = int(row.uid.removeprefix("test/")) // 2
+        vader = 0.5 if subject % 2 else -0.5
+        alike.append(dataclasses.replace(row, subject=f"film {subject}", vader=vader, request="enthusiastic"))
+    by_subject = grade(alike, CONFIG)
+    by_prompt = grade([dataclasses.replace(row, subject="") for row in alike], CONFIG)
+    assert by_subject.after["follows_request"].mean == by_prompt.after["follows_request"].mean == 0.5
+    ratio = width(by_subject.after["follows_request"]) / width(by_prompt.after["follows_request"])
+    assert ratio == pytest.approx(2**0.5, rel=0.2)
+    one = grade([dataclasses.replace(row, subject="film") for row in alike], CONFIG)
+    for metric in ("follows_request", "length", "distinct_2"):
+        assert one.after[metric] == by_prompt.after[metric], "a single subject cannot be resampled"

@@ -119,7 +119,9 @@ def test_distinct_2_by_hand() -> None:
 def test_distinct_left_out_equals_doing_it_again() -> None:
     texts = ["a b c a b", "b c d", "a b", "", "x y x y"]
     expected = [distinct_n(texts[:i] + texts[i + 1 :]) for i in range(len(texts))]
-    assert distinct_n_left_out(texts) == pytest.approx(expected)
+    assert distinct_n_left_out(texts, range(len(texts))) == pytest.approx(expected)
+    without = [distinct_n(texts[2:]), distinct_n([texts[0], texts[1]])]
+    assert distinct_n_left_out(texts, [0, 0] + [1] * (len(texts) - 2)) == pytest.approx(without)
 
 
 def test_repetition_and_words() -> None:
