@@ -224,7 +224,11 @@ class _OnlineRun:
         from rlhf.runs import checkpoint
 
         steps = self.stage.loop.steps
-        best = checkpoint.load_best(self.checkpoints) if self.stage.select_best else None
+
+        def rejected(kind: str, fields: Mapping[str, Any]) -> None:
+            self.context.event(kind, stage=self.stage.name, **fields)
+
+        best = checkpoint.load_best(self.checkpoints, on_event=rejected) if self.stage.select_best else None
         if best is not None and best.step != steps:
             await self._load(best.path)
         target = self.context.run.policy

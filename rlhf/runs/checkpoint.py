@@ -304,9 +304,9 @@ def load_latest(directory: Path, *, on_event: OnEvent | None = None) -> Checkpoi
 def _set_aside(rejected: Mapping[Path, str], on_event: OnEvent | None) -> None:
     for path, fault in rejected.items():
         aside = path.with_name(_BAD + path.name)
-        if aside.exists():
+        if aside.is_dir():
             shutil.rmtree(aside)
-        os.rename(path, aside)
+        os.replace(path, aside)
         if on_event is not None:
             on_event("checkpoint_rejected", {"path": str(aside), "found": fault})
 
@@ -334,21 +334,38 @@ def mark_best(directory: Path, step: int, metric: str, value: float, *, higher_i
         better = value > best["value"] if higher_is_better else value < best["value"]
         if not better:
             return False
-    write_json(directory / BEST, {"step": step, "metric": metric, "value": value})
+    write_json(directory / BEST, {"step": step, "metric": metric, "value": float(value)})
     return True
 
 
-def load_best(directory: Path) -> Checkpoint | None:
-    """Returns the best checkpoint, verified, or None where none was marked; a bad one is a ``CheckpointError``."""
+def load_best(directory: Path, *, on_event: OnEvent | None = None) -> Checkpoint | None:
+    """Returns the best checkpoint, verified, or None where none was marked or the best one is bad.
+
+    It comes at the end of a training, whose last weights are still there to be taken: damage costs the choice, not the
+    training. A bad pointer or checkpoint is set aside under ``bad-`` and reported as a ``checkpoint_rejected`` event.
+    """
+    pointer = directory / BEST
     best = _read_best(directory)
-    return None if best is None else verify(directory / f"step_{best['step']}")
+    if best is None:
+        if pointer.is_file():
+            _set_aside({pointer: "no readable pointer"}, on_event)
+        return None
+    path = directory / f"step_{best['step']}"
+    try:
+        return verify(path)
+    except CheckpointError as error:
+        _set_aside({path if path.exists() else pointer: error.found}, on_event)
+        return None
 
 
 def _read_best(directory: Path) -> dict[str, Any] | None:
-    path = directory / BEST
-    if not path.is_file():
+    """The pointer; None where there is none and where it is damaged, which must not keep anyone from saving."""
+    try:
+        best = read_json(directory / BEST)
+    except RecordError:
         return None
-    best = read_json(path)
-    if not isinstance(best, dict) or set(best) != {"step", "metric", "value"}:
-        raise _bad(path, "an unknown pointer")
-    return best
+    fields = {"step": int, "metric": str, "value": float}
+    if not isinstance(best, dict) or set(best) != set(fields):
+        return None
+    typed = all(isinstance(best[name], kind) for name, kind in fields.items())
+    return best if typed and math.isfinite(best["value"]) else None

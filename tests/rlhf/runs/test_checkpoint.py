@@ -213,6 +213,47 @@ def test_best_is_tracked_and_never_pruned(tmp_path: Path) -> None:
         mark_best(tmp_path, 99, "reward", 2.0)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"step": 1}',
+        '{"step": "1", "metric": "reward", "value": 1.0}',
+        '{"step":1,"metric":"r","value":NaN}',
+    ],
+)
+def test_a_damaged_best_pointer_costs_the_choice_and_not_the_training(tmp_path: Path, text: str) -> None:
+    save_steps(tmp_path, 1, 2)
+    mark_best(tmp_path, 1, "reward", 0.5)
+    (tmp_path / BEST).write_text(text)
+    save_steps(tmp_path, 3)  # pruning reads the pointer
+    events: list[tuple[str, Path]] = []
+    assert load_best(tmp_path, on_event=lambda kind, fields: events.append((kind, Path(fields["path"])))) is None
+    assert events == [("checkpoint_rejected", tmp_path / f"bad-{BEST}")]
+    assert (tmp_path / f"bad-{BEST}").read_text() == text
+    assert load_best(tmp_path) is None
+    assert mark_best(tmp_path, 3, "reward", 0.1)
+    best = load_best(tmp_path)
+    assert best is not None and best.step == 3
+
+
+def test_a_damaged_best_checkpoint_is_set_aside_and_the_last_weights_are_taken(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    mark_best(tmp_path, 1, "reward", 0.5)
+    (tmp_path / "step_1" / "config.json").write_text("step 7")
+    events: list[Path] = []
+    assert load_best(tmp_path, on_event=lambda kind, fields: events.append(Path(fields["path"]))) is None
+    assert events == [tmp_path / "bad-step_1"]
+    assert steps(tmp_path) == [2]
+    assert load_best(tmp_path, on_event=lambda kind, fields: events.append(Path(fields["path"]))) is None
+    assert events[1:] == [tmp_path / f"bad-{BEST}"], "a pointer to nothing is set aside too"
+    assert load_best(tmp_path) is None
+    latest = load_latest(tmp_path)
+    assert latest is not None and latest.step == 2
+
+
 def test_best_by_a_loss(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     assert mark_best(tmp_path, 1, "loss", 2.0, higher_is_better=False)
