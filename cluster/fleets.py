@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.calls import await_ref
@@ -18,6 +19,9 @@ from rlhf.rewards.mixture import Mixture
 
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
+    from actors.judge import JudgeBase
+    from actors.store import Store
+    from cluster.config import RunConfig
     from cluster.context import Policy, RunContext
     from cluster.stages.online import OnlineStage
 
@@ -54,29 +58,33 @@ async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
 
 
 async def judge_fleet(context: RunContext) -> Fleet:
-    """The judge fleet with the run's constitutions: an endpoint's client where one is configured, else vLLM."""
-    role = context.config.roles.judge
+    """The judge fleet with the run's constitutions."""
     paths = context.config.constitutions
     named = {"training": paths.training, "evaluation": paths.evaluation}
-    kwargs = {
-        "constitutions": {name: path for name, path in named.items() if path is not None},
-        "seed": context.config.seed,
-        "store": await context.store(),
-    }
+    given = {name: path for name, path in named.items() if path is not None}
+    worker, kwargs = judge_worker(context.config, given, await context.store())
+    return await context.fleet("judge", worker, kwargs)
+
+
+def judge_worker(
+    config: RunConfig, constitutions: Mapping[str, Path], store: Store
+) -> tuple[type[JudgeBase], dict[str, Any]]:
+    """The class of the configured judge and its arguments: an endpoint's client where there is one, else vLLM."""
+    role = config.roles.judge
+    kwargs: dict[str, Any] = {"constitutions": constitutions, "seed": config.seed, "store": store}
     if role.endpoint is not None:
         from actors.judge_openai import OpenAIJudgeWorker
 
-        return await context.fleet("judge", OpenAIJudgeWorker, kwargs | {"endpoint": role.endpoint})
+        return OpenAIJudgeWorker, kwargs | {"endpoint": role.endpoint}
     from actors.judge import JudgeWorker
     from actors.vllm.processes import Cores
 
-    kwargs |= {
-        "model": context.start.path if role.model is None else resolve_model(role.model),
+    return JudgeWorker, kwargs | {
+        "model": resolve_model(role.model or config.model),
         "engine": role.engine,
         "cores": Cores(role.resources.threads),
-        "name": role.model or context.config.model,
+        "name": role.model or config.model,
     }
-    return await context.fleet("judge", JudgeWorker, kwargs)
 
 
 async def scorer_fleet(context: RunContext) -> Fleet:
