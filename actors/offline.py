@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.settings import LearnerConfig
 from rlhf.data.groups import best_completions, read_groups, split_held_out
 from rlhf.data.supervised import SupervisedDataConfig, load_supervised
 from rlhf.errors import DataError
 from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, num_steps, train_offline
+from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.files import read_json, write_json
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.types import TrainGroup
+
+if TYPE_CHECKING:
+    from rlhf.evaluation.bootstrap import Interval
 
 KEEP_CHECKPOINTS = 2
 """The newest one, and one to fall back to where that one does not verify."""
@@ -39,8 +43,8 @@ class OfflineJob:
         target: Where the trained model goes.
         groups: Folder of the feedback stage's training groups.
         records: Supervised records that are learned from instead; None takes the groups.
-        held_out_fraction: Share of the prompts that is kept for evaluation.
-        min_score: Least judge score of a completion for rejection sampling.
+        held_out_fraction: Share of the prompts that is kept for evaluation; prompts of one subject stay together.
+        min_score: Least score of a completion for rejection sampling, where it has one; None takes them all.
         max_sequence_tokens: Longest prompt and completion together.
         seed: Of split and order.
         threads: Compute threads of a rank; None takes all cores of its node.
@@ -57,30 +61,43 @@ class OfflineJob:
     groups: Path
     records: SupervisedDataConfig | None
     held_out_fraction: float
-    min_score: float
+    min_score: float | None
     max_sequence_tokens: int
     seed: int
     threads: int | None
     accelerator: str
 
+    @property
+    def stop_request(self) -> Path:
+        """The file whose presence asks the ranks to save and end."""
+        return self.run_dir / "control" / "stop"
+
 
 def load_groups(job: OfflineJob) -> tuple[list[TrainGroup], list[TrainGroup]]:
-    """The (training, held-out) groups, the same in every rank."""
-    if job.records is None:
-        groups = read_groups(sorted(job.groups.glob("*.parquet")))
-        if job.kind == "sft":
-            groups = best_completions(groups, min_score=job.min_score)
-    else:
+    """The (training, held-out) groups, the same in every rank.
+
+    Reward and preference stages learn from pairs: a prompt whose completions are all tied is left out.
+
+    Raises:
+        DataError: Fewer than two groups are left.
+    """
+    if job.records is not None:
         from rlhf.models.load import load_tokenizer
 
         groups = load_supervised(job.records, load_tokenizer(job.learner.model.path), job.max_sequence_tokens)
+        found, action = f"{len(groups)} records", "Add records, or mend data.where and data.limit."
+    else:
+        labelled = read_groups(sorted(job.groups.glob("*.parquet")))
+        if job.kind == "sft":
+            groups = best_completions(labelled, min_score=job.min_score)
+        else:
+            groups = [group for group in labelled if group.ranks and count_ordered_pairs(group.ranks)]
+        found = f"{len(groups)} of {len(labelled)} prompts of the feedback stage to learn from"
+        action = "Collect more feedback; only prompts whose completions differ in rank count."
+        if job.kind == "sft":
+            action = "Collect more feedback" + ("." if job.min_score is None else ", or lower min_score.")
     if len(groups) < 2:
-        raise DataError(
-            f"stage {job.stage}",
-            found=f"{len(groups)} groups to learn from",
-            needed="at least 2",
-            action="Collect more feedback, or lower min_score.",
-        )
+        raise DataError(f"stage {job.stage}", found=found, needed="at least 2", action=action)
     return split_held_out(groups, job.held_out_fraction, seed=job.seed)
 
 
@@ -158,62 +175,70 @@ class _Session:
             self._metrics.log(self._job.stage, step, metrics)
 
     def _should_stop(self) -> bool:
-        return bool(self._worker.broadcast((self._job.run_dir / "control" / "stop").exists()))
+        return bool(self._worker.broadcast(self._job.stop_request.exists()))
 
     def _save(self, step: int) -> None:
-        """All ranks write into a staging folder; rank 0 then makes a checkpoint of it."""
-        staging = self._checkpoints / f".staging_{step}"
-        self._make_empty(staging)
-        self._worker.save(staging)
-        self._worker.barrier()
+        """Every rank writes into rank 0's unfinished checkpoint, which the next save or load removes after a kill."""
         if self._rank == 0:
-
-            def write(directory: Path) -> None:
-                for entry in staging.iterdir():
-                    entry.rename(directory / entry.name)
-
-            checkpoint.save(self._checkpoints, step, write, state={}, keep=KEEP_CHECKPOINTS)
-            staging.rmdir()
+            checkpoint.save(self._checkpoints, step, self._write, state={}, keep=KEEP_CHECKPOINTS)
+        else:
+            self._write(None)
         self._worker.barrier()
 
-    def _make_empty(self, folder: Path) -> None:
-        """An empty folder, there for every rank when this returns."""
-        if self._rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self._worker.barrier()
+    def _write(self, directory: Path | None) -> None:
+        self._worker.save(self._worker.broadcast(directory))
+        self._worker.barrier()  # all ranks have written before rank 0 lists the files
 
     def finish(self, held_out: Sequence[TrainGroup], num_groups: int) -> None:
-        """Measures on the held-out groups, exports the model, writes the results for the driver."""
+        """Exports the model, then measures it on the held-out groups and writes the results for the driver."""
         results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out)}
         if self._job.kind == "reward":
             self._worker.fit_normaliser(held_out if self._rank == 0 else [])
+        self._export()
+        if self._job.kind == "reward":
             results |= reward_results(self._worker, held_out)
-        partial = self._job.target.with_name(f".{self._job.target.name}")
-        self._make_empty(partial)
-        self._worker.export(partial)
-        self._worker.barrier()
         if self._rank == 0:
-            shutil.rmtree(self._job.target, ignore_errors=True)
-            partial.rename(self._job.target)
-            _results_path(self._job).parent.mkdir(parents=True, exist_ok=True)
-            _results_path(self._job).write_text(json.dumps(results), encoding="utf-8")
+            write_json(_results_path(self._job), results)
         if self._metrics is not None:
             self._metrics.close()
 
+    def _export(self) -> None:
+        """Puts the trained model into its place, whole or not at all."""
+        target = self._job.target
+        partial = target.with_name(f".{target.name}")
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._worker.barrier()
+        self._worker.export(partial)
+        self._worker.barrier()
+        if self._rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+
 
 def reward_results(worker: Any, held_out: Sequence[TrainGroup]) -> dict[str, Any]:
-    """Pair accuracy and Kendall tau with intervals on rankings that the reward model has not seen."""
-    from rlhf.evaluation.bootstrap import BootstrapConfig
+    """Pair accuracy and Kendall tau with intervals on rankings that the reward model has not seen.
+
+    A measure for which they hold nothing to compare is None: the model is there either way.
+    """
+    from rlhf.evaluation.bootstrap import BootstrapConfig, resampled_by
     from rlhf.evaluation.reward_model import kendall_tau, pair_accuracy, pair_outcomes
 
     scores = worker.sequence_scores(held_out)
     ranks = [group.ranks or () for group in held_out]
-    config = BootstrapConfig()
+    clusters = resampled_by([group.cluster for group in held_out], [group.uid for group in held_out])
+
+    def measured(measure: Callable[..., Interval]) -> dict[str, Any] | None:
+        try:
+            return measure(scores, ranks, BootstrapConfig(), clusters).model_dump()
+        except DataError:  # no two completions to compare
+            return None
+
     return {
         "held_out": [group.uid for group in held_out],
-        "pair_accuracy": pair_accuracy(scores, ranks, config).model_dump(),
-        "kendall_tau": kendall_tau(scores, ranks, config).model_dump(),
+        "pair_accuracy": measured(pair_accuracy),
+        "kendall_tau": measured(kendall_tau),
         "num_pairs": sum(len(pair_outcomes(s, r)) for s, r in zip(scores, ranks, strict=True)),
     }
 
@@ -224,5 +249,5 @@ def _results_path(job: OfflineJob) -> Path:
 
 def read_results(job: OfflineJob) -> dict[str, Any]:
     """What rank 0 left for the driver."""
-    results: dict[str, Any] = json.loads(_results_path(job).read_text(encoding="utf-8"))
+    results: dict[str, Any] = read_json(_results_path(job))
     return results

@@ -31,8 +31,9 @@ class SupervisedStage(StrictModel):
     """``file``: chat or instruction records. ``feedback``: rejection sampling, each prompt's best-ranked completion."""
     data: SupervisedDataConfig | None = None
     """With ``source: file``: the file, and what its columns mean."""
-    min_score: float = 0.0
-    """With ``source: feedback``: least judge score of a completion that is learned from."""
+    min_score: float | None = None
+    """With ``source: feedback``: least judge score of a completion that is learned from; unset takes the best of
+    each prompt. It leaves rankings without scores alone: those of people and of pairwise judges."""
     learner: LearnerConfig = LearnerConfig()
     """Starts from the policy as the stages before left it."""
     objective: SupervisedConfig = SupervisedConfig()
@@ -40,7 +41,7 @@ class SupervisedStage(StrictModel):
     loop: OfflineConfig = OfflineConfig()
     """Epochs and batches."""
     held_out_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of the prompts that is kept for evaluation."""
+    """Share of the prompts that is kept for evaluation; prompts of one ``subject`` column stay together."""
 
     @model_validator(mode="after")
     def _data_with_file(self) -> SupervisedStage:
@@ -63,7 +64,7 @@ class RewardStage(StrictModel):
     loop: OfflineConfig = OfflineConfig()
     """Epochs and batches."""
     held_out_fraction: float = Field(default=0.15, gt=0.0, lt=1.0)
-    """Share of the prompts whose rankings measure the reward model."""
+    """Share of the prompts whose rankings measure the reward model; prompts of one ``subject`` column stay together."""
 
 
 class PreferenceStage(StrictModel):
@@ -80,7 +81,7 @@ class PreferenceStage(StrictModel):
     loop: OfflineConfig = OfflineConfig()
     """Epochs and batches."""
     held_out_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of the prompts that is kept for evaluation."""
+    """Share of the prompts that is kept for evaluation; prompts of one ``subject`` column stay together."""
 
 
 OfflineStage = SupervisedStage | RewardStage | PreferenceStage
@@ -104,7 +105,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         groups=context.run.root / "groups",
         records=stage.data if isinstance(stage, SupervisedStage) else None,
         held_out_fraction=stage.held_out_fraction,
-        min_score=stage.min_score if isinstance(stage, SupervisedStage) else 0.0,
+        min_score=stage.min_score if isinstance(stage, SupervisedStage) else None,
         max_sequence_tokens=context.config.max_sequence_tokens,
         seed=context.config.seed,
         threads=context.config.roles.learner.resources.threads,
@@ -123,7 +124,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
 
 
 async def _fit(context: RunContext, job: OfflineJob) -> None:
-    """Trains with Ray Train, which gives the gang start and the restart after a failure.
+    """Trains with Ray Train, which gives the gang start; a gang that was lost starts again.
 
     A cancellation (a second signal) ends the ranks where they are.
     """
@@ -142,8 +143,8 @@ async def _fit(context: RunContext, job: OfflineJob) -> None:
             cpus=role.resources.cpus,
             gpus=role.resources.gpus,
             strategy=role.resources.strategy,
-            max_failures=role.resources.max_restarts,
-            storage=context.run.root / "ray_train",
+            max_restarts=role.resources.max_restarts,
+            start_timeout_s=role.resources.start_timeout_s,
         )
         await await_ref(training, timeout_s=STAGE_TIMEOUT_S, where=where)
     finally:

@@ -93,7 +93,9 @@ def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
     return [(key, node)]
 
 
-def _row(label: str, interval: Interval) -> str:
+def _row(label: str, interval: Interval | None) -> str:
+    if interval is None:
+        return f"| {label} | unknown | |"
     return f"| {label} | {interval.mean:.3f} | {interval.low:.3f} to {interval.high:.3f} |"
 
 

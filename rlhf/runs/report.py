@@ -112,7 +112,7 @@ def _tiles(summary: Summary) -> str:
         tiles.append((f"{result.win_rate.mean:.2f}", "win rate against the start"))
     if result is not None and "kl_per_token" in result.after:
         tiles.append((f"{result.after['kl_per_token'].mean:.3f}", "KL per token, nats"))
-    if summary.reward_model is not None:
+    if summary.reward_model is not None and summary.reward_model.pair_accuracy is not None:
         tiles.append((f"{summary.reward_model.pair_accuracy.mean:.2f}", "reward model's pair accuracy"))
     tiles.append((f"{total_seconds(summary.timings) / 60:.0f} min", "in all stages"))
     tiles.append((f"{summary.peak_memory_gib:.1f} GiB", "peak memory"))
@@ -196,10 +196,9 @@ def _feedback(run: RunDirectory, summary: Summary | None) -> str:
         if feedback.judge_agreement is not None:
             lines.append(f"judge's agreement with the independent scorer {feedback.judge_agreement}")
     if summary is not None and summary.reward_model is not None:
-        model = summary.reward_model
-        lines.append(f"reward model: pair accuracy {model.pair_accuracy}, Kendall tau {model.kendall_tau}")
-        if model.judge_agreement is not None:
-            lines.append(f"judge with the independent scorer on the same pairs {model.judge_agreement}")
+        lines.append(summary.reward_model.in_words())
+        if summary.reward_model.judge_agreement is not None:
+            lines.append(f"judge with the independent scorer on the same pairs {summary.reward_model.judge_agreement}")
     rows = []
     for verdict in read_table(files[0])[:NUM_VERDICTS] if files else []:
         texts = "<hr>".join(_text(text) for text in verdict["texts"])

@@ -46,14 +46,19 @@ class FeedbackSummary(StrictModel):
 class RewardModelSummary(StrictModel):
     """The reward model on held-out rankings."""
 
-    pair_accuracy: Interval
-    """Share of ranked pairs that it orders alike."""
-    kendall_tau: Interval
-    """Mean Kendall tau-b over prompts."""
+    pair_accuracy: Interval | None
+    """Share of ranked pairs that it orders alike; None where no such pair was held out."""
+    kendall_tau: Interval | None
+    """Mean Kendall tau-b over prompts; None where it is undefined for all of them."""
     num_pairs: int = Field(ge=0)
     """Ranked pairs held out."""
     judge_agreement: Interval | None = None
     """Share of those pairs that the independent scorer orders as the judge ranked them; None if not measured."""
+
+    def in_words(self) -> str:
+        """One line for a reader."""
+        accuracy, tau = self.pair_accuracy or "unknown", self.kendall_tau or "unknown"
+        return f"reward model: pair accuracy {accuracy}, Kendall tau {tau}"
 
 
 class Summary(StrictModel):
@@ -105,10 +110,9 @@ def format_summary(summary: Summary) -> str:
     if summary.eval is not None:
         lines += _evaluation_lines(summary.eval)
     if summary.reward_model is not None:
-        model = summary.reward_model
-        lines += ["", f"reward model: pair accuracy {model.pair_accuracy}, Kendall tau {model.kendall_tau}"]
-        if model.judge_agreement is not None:
-            lines.append(f"judge with the independent scorer on the same pairs: {model.judge_agreement}")
+        lines += ["", summary.reward_model.in_words()]
+        if summary.reward_model.judge_agreement is not None:
+            lines.append(f"judge with the independent scorer on the same pairs: {summary.reward_model.judge_agreement}")
     if summary.feedback is not None and summary.feedback.judge_agreement is not None:
         lines.append(f"judge's agreement with the independent scorer: {summary.feedback.judge_agreement}")
     seconds = total_seconds(summary.timings)
