@@ -22,7 +22,7 @@ from actors.scorer import ScoreNormaliser
 from actors.settings import LearnerConfig
 from actors.step_totals import StepTotals
 from actors.store import Store, fetch_all
-from actors.training_groups import fetch_group
+from actors.training_groups import TokenValues, fetch_group
 from rlhf.algorithms.build import build_algorithm
 from rlhf.algorithms.config import AlgorithmConfig
 from rlhf.errors import ConfigError, DataError, LearnerError, RolloutsLostError
@@ -39,6 +39,7 @@ from rlhf.weights import Bucket
 __all__ = ["LearnerWorker", "RankInfo"]
 
 REFERENCE = "reference_log_probs"
+OLD = "old_log_probs"
 VALUES = "values"
 
 
@@ -181,12 +182,11 @@ class LearnerWorker:
             raise LearnerError("update", found="an offline objective", needed="an algorithm", action="Use train_step.")
         algorithm = self._algorithm
         found = self._fetch(groups)
-        if algorithm.needs_reference:
+        if algorithm.needs_reference and self._objective.head == "language_model":
             found = self._with_reference(found)
         batch = pack(found, pad_id=self._pad_id)
         raw = TokenSignals.from_groups(found, batch)
-        language = self._objective.head == "language_model"
-        if language and (self._updates_per_step > 1 or self._may_be_stale):
+        if raw.old_log_probs is None and self._needs_old_log_probs():
             raw = replace(raw, old_log_probs=pad_tokens(self._runner.log_probs(found), batch))
         signals = algorithm.signals(batch, raw, self._group.sum)
         steps = StepTotals()
@@ -209,6 +209,15 @@ class LearnerWorker:
         if lost_anywhere:
             raise RolloutsLostError.of("learner", lost_anywhere, cause)
         return found
+
+    def _needs_old_log_probs(self) -> bool:
+        """Whether the step needs log-probs that nobody has annotated; a critic cannot compute them itself."""
+        assert self._algorithm is not None
+        if self._objective.head == "language_model":
+            return self._updates_per_step > 1 or self._may_be_stale
+        if self._algorithm.shares_old_log_probs:
+            raise DataError("critic", found="groups without them", needed=OLD, action="Have the policy annotate first.")
+        return False
 
     def _mini_batches(self, num_groups: int, num_parts: int) -> list[range]:
         parts = [range(start, num_groups, num_parts) for start in range(num_parts)]
@@ -287,25 +296,30 @@ class LearnerWorker:
                     self._engine.forward(self._runner.pack([]).to(self._group.device), self._options())
         return totals.reduced(self._group)
 
-    def log_probs(self, groups: Sequence[GroupHandle], *, reference: bool) -> list[Any]:
-        """Handles of every group's log-probs: under the current weights, or under the reference (adapter off)."""
+    def log_probs(self, groups: Sequence[GroupHandle], *, reference: bool) -> list[TokenValues]:
+        """Every group's log-probs: under the current weights, or under the reference (adapter off)."""
         found = self._fetch(groups)
-        values = self._runner.reference_log_probs(found) if reference else self._runner.log_probs(found)
-        return [self._store.put(value) for value in values]
-
-    def values(self, groups: Sequence[GroupHandle]) -> list[Any]:
-        """Handles of the critic's per-token values of every group."""
-        return [self._store.put(value) for value in self._runner.values(self._fetch(groups))]
+        return self._runner.reference_log_probs(found) if reference else self._runner.log_probs(found)
 
     def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
-        """Adds what this learner knows: a critic its values, a policy its reference's log-probs."""
-        if self._objective.head == "language_model":
-            name, handles = REFERENCE, self.log_probs(groups, reference=True)
-        else:
-            name, handles = VALUES, self.values(groups)
+        """Adds what this learner knows before it trains on the groups.
+
+        A critic adds its values. A policy adds its log-probs, so that whoever needs those of the start of the step has
+        the same ones, and the reference's where the algorithm needs them and no other role gave them.
+        """
+        found = self._fetch(groups)
+        if self._objective.head != "language_model":
+            return self._with_annotation(groups, VALUES, self._runner.values(found))
+        if self._algorithm is not None and self._algorithm.needs_reference:
+            filled = self._with_reference(found)
+            if any(group.reference_log_probs is None for group in found):
+                groups = self._with_annotation(groups, REFERENCE, [group.reference_log_probs for group in filled])
+        return self._with_annotation(groups, OLD, self._runner.log_probs(found))
+
+    def _with_annotation(self, groups: Sequence[GroupHandle], name: str, values: Sequence[Any]) -> list[GroupHandle]:
         return [
-            replace(group, annotations={**group.annotations, name: handle})
-            for group, handle in zip(groups, handles, strict=True)
+            replace(group, annotations={**group.annotations, name: self._store.put(value)})
+            for group, value in zip(groups, values, strict=True)
         ]
 
     def sequence_scores(self, groups: Sequence[TrainGroup]) -> list[list[float]]:
@@ -326,10 +340,6 @@ class LearnerWorker:
         lacking = [i for i, group in enumerate(groups) if group.reference_log_probs is None]
         if self._group.max_int(len(lacking)) == 0:
             return list(groups)
-        if self._objective.head != "language_model":
-            raise DataError(
-                "critic", found="groups without reference log-probs", needed=REFERENCE, action="Annotate them first."
-            )
         found = self._runner.reference_log_probs([groups[i] for i in lacking])
         filled = list(groups)
         for i, values in zip(lacking, found, strict=True):

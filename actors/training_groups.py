@@ -49,6 +49,7 @@ def fetch_group(handle: GroupHandle, store: Store) -> TrainGroup:
         scores=tuple(math.nan if s.value is None else s.value for s in handle.scores) if handle.scores else None,
         behaviour_log_probs=tuple(completion.log_probs for completion in completions),
         reference_log_probs=annotation("reference_log_probs"),
+        old_log_probs=annotation("old_log_probs"),
         values=annotation("values"),
     )
 

@@ -131,7 +131,7 @@ class GroupHandle:
         weight_versions: Oldest and newest weight version that drew any token of the group.
         scores: One per sibling; empty until scored. [K]
         annotations: Handles of per-token arrays that other roles computed, by name (``"reference_log_probs"``,
-            ``"values"``); each resolves to a tuple of K float32 arrays [T_k].
+            ``"old_log_probs"``, ``"values"``); each resolves to a tuple of K float32 arrays [T_k].
     """
 
     uid: str
@@ -197,6 +197,7 @@ class TrainGroup:
         scores: For policy and value objectives: NaN is missing. [K]
         behaviour_log_probs: From the generating engine. K arrays [T_k]
         reference_log_probs: From the frozen reference. K arrays [T_k]
+        old_log_probs: From the policy at the start of the step. K arrays [T_k]
         values: From the critic. K arrays [T_k]
         loss_masks: True where a completion token is trained on; absent means every token. K arrays [T_k]
         cluster: What the prompt shares with others, such as its subject: groups of one cluster are held out together
@@ -210,6 +211,7 @@ class TrainGroup:
     scores: tuple[float, ...] | None = None
     behaviour_log_probs: tuple[FloatArray, ...] | None = None
     reference_log_probs: tuple[FloatArray, ...] | None = None
+    old_log_probs: tuple[FloatArray, ...] | None = None
     values: tuple[FloatArray, ...] | None = None
     loss_masks: tuple[NDArray[np.bool_], ...] | None = None
     cluster: str = ""

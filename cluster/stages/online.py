@@ -144,8 +144,8 @@ class _OnlineRun:
         annotators: dict[str, Annotator] = {}
         if algorithm.needs_reference and stage.learner.model.adapter is None:
             annotators["reference"] = await reference_annotator(context, context.policy)
-        elif algorithm.needs_reference and algorithm.needs_critic:
-            annotators["reference"] = self.gang  # its adapter off; the critic needs the same log-probs
+        if algorithm.shares_old_log_probs:
+            annotators["learner"] = self.gang  # and with its adapter off the reference's, where it has one
         if algorithm.needs_critic:
             critic = await stack.enter_async_context(critic_gang(context, stage))
             annotators["critic"] = critic

@@ -28,12 +28,15 @@ class Algorithm(Protocol):
     Attributes:
         needs_reference: Whether groups need ``reference_log_probs``.
         needs_critic: Whether groups need ``values`` and a critic is trained.
+        shares_old_log_probs: Whether groups need ``old_log_probs``, computed once by the policy before anything is
+            trained: true where policy and critic both learn from a reward that the KL is part of.
         num_epochs: Times that a step trains on each of its rollouts.
         num_mini_batches: Optimizer updates in one epoch of a step.
     """
 
     needs_reference: bool
     needs_critic: bool
+    shares_old_log_probs: bool
     num_epochs: int
     num_mini_batches: int
 
@@ -68,6 +71,7 @@ class SiblingAlgorithm(ABC):
     """What algorithms without a critic share: siblings are each other's baseline, and groups are whole on a rank."""
 
     needs_critic = False
+    shares_old_log_probs = False
 
     def __init__(self, config: AlgorithmSettings) -> None:
         self._settings = config
@@ -96,7 +100,9 @@ class SiblingAlgorithm(ABC):
 def reward_kl_tokens(batch: PackedBatch, raw: TokenSignals, config: KlConfig, where: str) -> Tensor:
     """The KL's cost per token, coefficient included, from the log-probs at the start of the step.
 
-    These are the learner's own (``old_log_probs``) where it computed them, else the generating engine's.
+    These are the policy's own (``old_log_probs``) where it computed them, else the generating engine's. A reward has
+    one KL, that of the policy which acted (Ziegler et al. 2019, eq. 2): where two models learn from it, both have to be
+    given the same log-probs (``Algorithm.shares_old_log_probs``).
 
     Returns:
         float32 [N, T], 0 at padding, at tokens that the policy did not choose (loss mask), and everywhere when the

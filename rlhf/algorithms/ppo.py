@@ -25,6 +25,7 @@ class Ppo:
         self.config = config
         self.num_epochs, self.num_mini_batches = config.num_epochs, config.num_mini_batches
         self.needs_reference = needs_reference(config)
+        self.shares_old_log_probs = config.reward_kl.coefficient > 0
 
     def policy_objective(self) -> PolicyObjective:
         """The clipped surrogate over sequences that have a score."""

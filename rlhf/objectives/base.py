@@ -67,8 +67,8 @@ class TokenSignals:
     Attributes:
         advantages: float32 [N, T]
         returns: What the critic learns. float32 [N, T]
-        old_log_probs: From the learner's weights at the start of the step; None where the step makes one update, for
-            which they equal the current ones. float32 [N, T]
+        old_log_probs: From the policy's weights at the start of the step; None where the step makes one update, for
+            which they equal the current ones, and no critic reads them. float32 [N, T]
         behaviour_log_probs: From the generating engine. float32 [N, T]
         reference_log_probs: From the frozen reference. float32 [N, T]
         old_values: From the critic at the start of the step. float32 [N, T]
@@ -111,6 +111,7 @@ class TokenSignals:
         return cls(
             behaviour_log_probs=tokens("behaviour_log_probs"),
             reference_log_probs=tokens("reference_log_probs"),
+            old_log_probs=tokens("old_log_probs"),
             old_values=tokens("values"),
             ranks=sequences([ranks_of(group) for group in groups]),
             scores=sequences([group.scores for group in groups]),

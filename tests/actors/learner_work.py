@@ -21,7 +21,7 @@ from actors.ranks import RankInfo
 from actors.settings import LearnerConfig
 from actors.store import LocalStore
 from rlhf.algorithms.config import GrpoConfig, PpoConfig
-from rlhf.errors import NonFiniteError, RolloutsLostError, ValueLostError
+from rlhf.errors import DataError, NonFiniteError, RolloutsLostError, ValueLostError
 from rlhf.models.settings import LoraConfig, ModelConfig
 from rlhf.objectives.config import RankConfig, SupervisedConfig
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, Score, TrainGroup, VersionSpan
@@ -266,7 +266,10 @@ def _lost(info: RankInfo, model: Path) -> dict[str, Any]:
 
 
 def _ppo(info: RankInfo, model: Path) -> dict[str, Any]:
-    """Critic and policy, two epochs of two mini-batches, the reference from the policy's own start."""
+    """Critic and policy, two epochs of two mini-batches, the reference from the policy's own start.
+
+    The engine's log-probs are far from the policy's own, as they are where its arithmetic or its weights differ.
+    """
     algorithm = PpoConfig.model_validate({"num_epochs": 2, "num_mini_batches": 2, "reward_kl": {"coefficient": 0.02}})
     store = LocalStore()
     common: dict[str, Any] = {"algorithm": algorithm, "total_steps": 6}
@@ -276,15 +279,44 @@ def _ppo(info: RankInfo, model: Path) -> dict[str, Any]:
     critic = LearnerWorker(learner_config(model, optim=optim), store, info, is_critic=True, **common)
     critic.start()
     handles = share([handle_of(group, [1.0, -1.0]) for group in make_groups(8, 2, seed=4)], info)
-    losses, results = [], []
+    losses, results, signals = [], [], []
+    policy._algorithm, critic._algorithm = (_Watched(worker._algorithm, signals) for worker in (policy, critic))
     for _ in range(6):
         groups = critic.annotate(policy.annotate(handles))
         losses.append(critic.update(groups))
         results.append(policy.update(groups))
     annotated = sorted(groups[0].annotations)
+    refused = ""
+    try:
+        critic.update(critic.annotate(handles))
+    except DataError as error:
+        refused = str(error)
     critic.stop()
     policy.stop()
-    return {"critic": losses, "policy": results, "annotated": annotated}
+    pairs = list(zip(signals[0::2], signals[1::2], strict=True))
+    same_signals = all(torch.equal(a.returns, b.returns) and torch.equal(a.advantages, b.advantages) for a, b in pairs)
+    return {
+        "critic": losses,
+        "policy": results,
+        "annotated": annotated,
+        "same_signals": same_signals,
+        "num_pairs": len(pairs),
+        "refused": refused,
+    }
+
+
+class _Watched:
+    """An algorithm that keeps every step's signals."""
+
+    def __init__(self, inner: Any, signals: list[Any]) -> None:
+        self.inner, self.found = inner, signals
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def signals(self, *args: Any) -> Any:
+        self.found.append(self.inner.signals(*args))
+        return self.found[-1]
 
 
 def _reward(info: RankInfo, model: Path, scratch: Path) -> dict[str, Any]:

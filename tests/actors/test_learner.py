@@ -173,10 +173,16 @@ def test_a_group_that_one_rank_cannot_read_stops_all_before_they_begin(ranks: li
 def test_ppo_trains_policy_and_critic(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         result = rank["online"]["ppo"]
-        assert result["annotated"] == ["reference_log_probs", "values"]
+        assert result["annotated"] == ["old_log_probs", "reference_log_probs", "values"]
         assert result["critic"][-1]["value_loss"] < 0.7 * result["critic"][0]["value_loss"]
         assert all(m["skipped"] == 0 for m in result["policy"] + result["critic"])
         assert result["policy"][0]["update_kl"] > 0
+
+
+def test_ppo_s_policy_and_critic_learn_from_the_same_rewards(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["online"]["ppo"]["same_signals"] and rank["online"]["ppo"]["num_pairs"] == 6
+        assert "old_log_probs" in rank["online"]["ppo"]["refused"]
 
 
 def test_a_trained_reward_model_scores_the_same_everywhere(ranks: list[dict[str, Any]]) -> None:

@@ -172,3 +172,21 @@ def test_every_name_builds_its_algorithm(name):
 def test_a_penalty_in_the_reward_is_k1_unless_said_otherwise():
     config = TypeAdapter(AlgorithmConfig).validate_python({"name": "ppo", "reward_kl": {"coefficient": 0.05}})
     assert config.reward_kl.estimator == "k1"
+
+
+def test_one_reward_for_two_models_needs_shared_log_probs():
+    in_reward = RewardKlConfig(coefficient=0.1)
+    assert build_algorithm(PpoConfig(reward_kl=in_reward)).shares_old_log_probs
+    assert not build_algorithm(PpoConfig()).shares_old_log_probs
+    for alone_config in (GrpoConfig(reward_kl=in_reward), RlooConfig(reward_kl=in_reward)):
+        assert not build_algorithm(alone_config).shares_old_log_probs
+
+
+def test_annotated_log_probs_of_the_start_reach_the_signals():
+    groups = make_groups()
+    start = [tuple(np.full(len(ids), -0.5, np.float32) for ids in group.completion_ids) for group in groups]
+    groups = [replace(group, old_log_probs=values) for group, values in zip(groups, start, strict=True)]
+    batch = pack(groups, pad_id=0)
+    raw = TokenSignals.from_groups(groups, batch)
+    assert raw.old_log_probs is not None
+    assert (raw.old_log_probs[batch.length_mask] == -0.5).all() and (raw.old_log_probs[~batch.length_mask] == 0).all()
