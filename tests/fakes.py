@@ -78,6 +78,7 @@ class FakeRun:
         gate: Any = None,
         position: int = 0,
         version: int = 0,
+        num_scored: int = 0,
         fail: Mapping[tuple[str, int], Exception] | None = None,
     ) -> None:
         self.log: list[tuple[str, Any]] = []
@@ -86,6 +87,7 @@ class FakeRun:
         self.gate = gate or FakeGate()
         self.prompts = FakePrompts(position)
         self.serving = version
+        self.num_scored = num_scored
         self.score_of: Callable[[str, int], Score] = lambda uid, sibling: Score(float(sibling))
         self.drawn: list[tuple[str, ...]] = []
         self.trained: list[tuple[str, ...]] = []
@@ -119,7 +121,11 @@ class FakeRun:
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         await self._call("score", groups[0].uid)
+        self.num_scored += len(groups)
         return [tuple(self.score_of(g.uid, k) for k in range(len(g.completion_lengths))) for g in groups]
+
+    def state(self) -> Mapping[str, Any]:
+        return {"num_scored": self.num_scored}
 
     async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
         await self._call("judge", groups[0].uid)
@@ -157,9 +163,9 @@ class FakeRun:
     async def evaluate(self, num_updates: int) -> None:
         await self._call("evaluate", num_updates)
 
-    async def checkpoint(self, num_updates: int, cursor: Mapping[str, Any]) -> None:
+    async def checkpoint(self, num_updates: int, state: Mapping[str, Any]) -> None:
         await self._call("checkpoint", num_updates)
-        self.checkpoints[num_updates] = dict(cursor)
+        self.checkpoints[num_updates] = dict(state)
 
     def should_stop(self) -> bool:
         return self.stop_after is not None and len(self.trained) >= self.stop_after

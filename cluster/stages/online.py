@@ -106,6 +106,8 @@ class _OnlineRun:
         self.checkpoints = context.run.checkpoints(stage.name)
         self.progress: Progress
         self.rewards: Mixture
+        self.validation_rewards: Mixture | None = None
+        """The rewards on the scale of the first validation, so that the scores of all checkpoints compare."""
         self.cursor: PromptCursor
         self.roles: OnlineRoles
         self.validation: tuple[int, float] = (-1, 0.0)
@@ -172,6 +174,9 @@ class _OnlineRun:
             step = found.step
             self.cursor.restore(found.state["cursor"])
             self.rewards.restore(found.state["rewards"])
+            if (measured_on := found.state.get("validation_rewards")) is not None:
+                self.validation_rewards = self.rewards.measuring()
+                self.validation_rewards.restore(measured_on)
             await self._load(found.path)
         self.context.metrics.resume(self.stage.name, step)
         self.context.metrics.resume(f"{self.stage.name}-validation", step)
@@ -193,8 +198,10 @@ class _OnlineRun:
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
         async with self.roles.gate.hold("generation"):
             groups = await self.roles.generator.generate(prompts, num_samples=1, version=version)
+        if self.validation_rewards is None:
+            self.validation_rewards = self.rewards.measuring()
         async with self.roles.gate.hold("scorer"):
-            scores = await self.rewards.measuring().score(groups)
+            scores = await self.validation_rewards.score(groups)
         values = [score.value for siblings in scores for score in siblings if score.value is not None]
         if not values:
             self.context.event("validation_missing", stage=stage.name, step=num_updates)
@@ -203,7 +210,7 @@ class _OnlineRun:
         self.validation = (num_updates, mean)
         self.context.metrics.log(f"{stage.name}-validation", num_updates, {"validation/score": mean})
 
-    async def _checkpoint(self, num_updates: int, cursor: Mapping[str, Any]) -> None:
+    async def _checkpoint(self, num_updates: int, collected: Mapping[str, Any]) -> None:
         from rlhf.runs import checkpoint
 
         async def write(directory: Path) -> None:
@@ -212,7 +219,8 @@ class _OnlineRun:
                 await learner.save(directory / name)
 
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
-            state = {"cursor": dict(cursor), "rewards": self.rewards.state()}
+            measured_on = None if self.validation_rewards is None else self.validation_rewards.state()
+            state = {**collected, "validation_rewards": measured_on}
             keep = self.stage.keep_checkpoints
             await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep)
         measured, score = self.validation

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The rollouts of one training step and the prompt cursor as it stood after they were drawn.
+    """The rollouts of one training step and the collector's state (prompts, rewards) as they left it.
 
-    The cursor travels with its batch: a checkpoint taken after this step resumes behind these prompts, whatever the
-    collector had drawn ahead by then, so that no prompt is lost and none is trained twice.
+    The state travels with its batch: a checkpoint taken after this step resumes behind these prompts and scores,
+    whatever the collector had drawn ahead by then, so that no prompt is lost, none is trained and no score counted
+    twice.
     """
 
     step: int
     rollouts: StepRollouts
-    cursor: Mapping[str, Any]
+    state: Mapping[str, Any]
 
 
 class StepBuffer:

@@ -53,13 +53,21 @@ class PromptSource(Protocol):
         ...
 
 
+class StepRewards(RewardSource, Protocol):
+    """A reward source that may carry something from step to step; see ``rlhf.rewards.mixture.Mixture``."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What the scores so far have left behind, as plain JSON."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class OnlineRoles:
     """The roles of one run. ``annotators`` and ``learners`` act in order; the first learner is the policy."""
 
     prompts: PromptSource
     generator: Generator
-    rewards: RewardSource
+    rewards: StepRewards
     annotators: Mapping[str, Annotator]
     learners: Mapping[str, Learner]
     publisher: WeightPublisher
@@ -69,7 +77,10 @@ class OnlineRoles:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the runner does: all but ``event`` at a step's end, when weights and record agree."""
+    """What the runner does: all but ``event`` at a step's end, when weights and record agree.
+
+    ``checkpoint`` gets the collector's state behind that step: ``{"cursor": ..., "rewards": ...}``.
+    """
 
     log: Callable[[int, Mapping[str, float]], Awaitable[None]]
     evaluate: Callable[[int], Awaitable[None]]
@@ -95,7 +106,7 @@ async def collect(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: 
     for step in span.steps:
         await buffer.grant(step)
         prompts = roles.prompts.next_batch(config.prompts_per_step)
-        cursor = roles.prompts.state()
+        state: dict[str, Any] = {"cursor": roles.prompts.state()}
         rollouts = StepRollouts(
             roles,
             prompts,
@@ -107,7 +118,8 @@ async def collect(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: 
         )
         await rollouts.draw()
         await rollouts.score()
-        await buffer.put(StepBatch(step, rollouts, cursor))
+        state["rewards"] = roles.rewards.state()
+        await buffer.put(StepBatch(step, rollouts, state))
 
 
 async def learn(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: StepBuffer, span: Span) -> int:
@@ -138,7 +150,7 @@ async def learn(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: St
         if evaluated:
             await hooks.evaluate(done)
         if stop or last or evaluated or done % config.checkpoint_every == 0:
-            await hooks.checkpoint(done, batch.cursor)
+            await hooks.checkpoint(done, batch.state)
         if stop:
             return done
         await buffer.publish(done)

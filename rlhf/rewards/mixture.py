@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from rlhf.protocols import RewardSource
@@ -14,7 +15,7 @@ from rlhf.types import GroupHandle, Score
 def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
     """Returns the weighted sum of the parts of one completion; a missing part makes the sum missing.
 
-    The components of the result are each part's value under its name, and the part's own components under
+    A part of weight 0 is only recorded, so the sum does without it where it is missing. The components of the result are each part's value under its name, and the part's own components under
     ``name/component``, so that the record shows what a reward is made of.
 
     Args:
@@ -26,7 +27,8 @@ def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
     for name, weight, score in named:
         components.update({f"{name}/{key}": value for key, value in score.components.items()})
         if score.value is None:
-            errors.append(f"{name}: {score.error or 'missing'}")
+            if weight:
+                errors.append(f"{name}: {score.error or 'missing'}")
             continue
         components[name] = score.value
         total += weight * score.value
@@ -42,8 +44,7 @@ class Mixture:
     Args:
         sources: In the order of ``parts``, each named after its part's source.
         parts: Weights, normalisation and clipping.
-        moments: Running moments to share with another mixture; a mixture that is only measured with (validation)
-            takes the training mixture's and leaves them as they are.
+        moments: Running moments to start from.
         learn_moments: Whether the scored values count in the running moments.
     """
 
@@ -81,8 +82,12 @@ class Mixture:
         ]
 
     def measuring(self) -> Mixture:
-        """Returns the same mixture for validation: it scales as this one does, and what it scores changes nothing."""
-        return Mixture(self._sources, self._parts, moments=self._moments, learn_moments=False)
+        """Returns the same mixture for validation, on the scale of this moment for good.
+
+        Neither what it scores itself nor what is scored in training later moves its scale: numbers that are to be
+        compared over a run, such as those that choose the best checkpoint, need one.
+        """
+        return Mixture(self._sources, self._parts, moments=copy.deepcopy(self._moments), learn_moments=False)
 
     def state(self) -> dict[str, dict[str, float]]:
         """Returns the running moments of the normalised parts, for a checkpoint."""
@@ -101,11 +106,11 @@ class Mixture:
     def _shape(self, part: RewardPart, score: Score) -> Score:
         if score.value is None:
             return score
+        if not part.normalise and part.clip is None:
+            return score
         value = score.value
         if part.normalise:
             value = self._moments[part.source].normalise(value)
         if part.clip is not None:
             value = clip(value, *part.clip)
-        if value == score.value:
-            return score
         return Score(value, {**score.components, "raw": score.value})

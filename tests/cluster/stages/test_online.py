@@ -33,7 +33,9 @@ def test_every_rank_gets_a_prompt_for_every_mini_batch(name: str) -> None:
     assert recipe(ranks=2, algorithm=algorithm, **critic)
     with pytest.raises(ConfigError, match=r"prompts_per_step of at least roles\.learner\.ranks \(3\)"):
         recipe(ranks=3, algorithm=algorithm, **critic)
-    with pytest.raises(ConfigError, match=r"at least roles\.learner\.ranks \(1\) times algorithm\.num_mini_batches \(5"):
+    with pytest.raises(
+        ConfigError, match=r"at least roles\.learner\.ranks \(1\) times algorithm\.num_mini_batches \(5"
+    ):
         recipe(algorithm={"name": name, "num_mini_batches": 5}, **critic)
 
 

@@ -31,6 +31,11 @@ def error(kind: type[RlhfError]) -> RlhfError:
     return kind("fake[0]", found="a fault", needed="none", action="Look.")
 
 
+def behind(done: int) -> dict[str, dict[str, int]]:
+    """The collector's state behind ``done`` steps of two prompts."""
+    return {"cursor": {"position": 2 * done}, "rewards": {"num_scored": 2 * done}}
+
+
 def kinds(run: FakeRun) -> list[str]:
     return [kind for kind, _ in run.log]
 
@@ -72,10 +77,10 @@ def test_every_prompt_is_trained_exactly_once_also_over_a_stop(
     first.stop_after = stop_after
     done = train(first, steps=steps, max_staleness=max_staleness)
     assert done == min(steps, stop_after)
-    cursor = json.loads(json.dumps(first.checkpoints[done]))
-    assert cursor == {"position": 2 * done}
+    state = json.loads(json.dumps(first.checkpoints[done]))
+    assert state == behind(done), "no prompt and no score of a step that the checkpoint does not know"
 
-    second = FakeRun(gate=OpenGate(), position=cursor["position"], version=done)
+    second = FakeRun(gate=OpenGate(), position=2 * done, version=done, num_scored=2 * done)
     assert train(second, first_step=done, steps=steps, max_staleness=max_staleness) == steps
     trained = [uid for run in (first, second) for batch in run.trained for uid in batch]
     assert trained == [f"p{i}" for i in range(2 * steps)]
@@ -89,7 +94,8 @@ def test_a_stop_with_a_batch_in_flight_gives_its_prompts_out_again() -> None:
     run.stop_after = 2
     assert train(run, max_staleness=1) == 2
     assert run.prompts.position > 4, "the collector was ahead"
-    assert run.checkpoints == {2: {"position": 4}}
+    assert run.num_scored > 4, "and has scored ahead"
+    assert run.checkpoints == {2: behind(2)}
 
 
 def test_a_finished_run_has_nothing_to_do() -> None:
@@ -171,7 +177,7 @@ def test_every_evaluation_is_followed_by_a_checkpoint_of_the_same_weights(max_st
     for i, (kind, done) in enumerate(hooks):
         if kind == "evaluate":
             assert hooks[i + 1] == ("checkpoint", done)
-    assert all(cursor == {"position": 2 * done} for done, cursor in run.checkpoints.items())
+    assert all(state == behind(done) for done, state in run.checkpoints.items())
 
 
 def test_without_evaluations_only_the_cadence_and_the_end_make_checkpoints() -> None:

@@ -108,7 +108,29 @@ def test_parts_are_clipped_after_scaling():
     source = FakeSource("judge", [[-9.0, 0.5]])
     ((low, inside),) = score(Mixture([source], parts({"source": "judge", "clip": [-1, 1], "weight": 2.0})), 2)
     assert (low.value, inside.value) == (-2.0, 1.0)
-    assert "judge/raw" in low.components and "judge/raw" not in inside.components
+    assert (low.components["judge/raw"], inside.components["judge/raw"]) == (-9.0, 0.5), "a mean over all of them"
+
+
+def test_a_part_that_is_only_recorded_may_be_missing():
+    sources = [FakeSource("reward_model", [[1.0, 2.0]]), FakeSource("judge", [[None, 4.0]])]
+    ((first, second),) = score(Mixture(sources, parts(MODEL, {"source": "judge", "weight": 0})), 2)
+    assert (first.value, first.error) == (1.0, "")
+    assert first.components == {"reward_model": 1.0, "reward_model/part": 1.0}
+    assert (second.value, second.components["judge"]) == (2.0, 4.0)
+
+
+def test_a_validation_keeps_the_scale_of_its_first_time():
+    source = FakeSource("judge", [[1.0, 3.0]], [[5.0]], [[10.0, 30.0]], [[5.0]], [[5.0]])
+    settings = parts({"source": "judge", "normalise": True})
+    mixture = Mixture([source], settings)
+    score(mixture, 2)
+    validation = mixture.measuring()
+    first = score(validation, 1)
+    score(mixture, 2)
+    assert score(validation, 1) == first, "training went on, and the scale stayed"
+    resumed = Mixture([source], settings).measuring()
+    resumed.restore(json.loads(json.dumps(validation.state())))
+    assert score(resumed, 1) == first
 
 
 def test_sources_must_be_those_of_the_parts():
