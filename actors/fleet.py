@@ -99,6 +99,7 @@ class Fleet:
         self._membership = asyncio.Lock()
         self.welcome: Callable[[Any], Awaitable[None]] | None = None
         """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
+        self._weights = asyncio.Lock()
 
     @property
     def healthy(self) -> list[Replica]:
@@ -170,10 +171,11 @@ class Fleet:
         try:
             replica.handle = await asyncio.shield(placed)
             await await_ref(replica.handle.start.remote(), timeout_s=self.limits.start_timeout_s, where=where)
-            if self.welcome is not None:
-                await self.welcome(replica.handle)
-            if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
-                replica.state = ReplicaState.HEALTHY
+            async with self._weights:  # healthy before other weights come, or welcomed to those
+                if self.welcome is not None:
+                    await self.welcome(replica.handle)
+                if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
+                    replica.state = ReplicaState.HEALTHY
         finally:
             if replica.state is not ReplicaState.HEALTHY:
                 placed.add_done_callback(lambda _: self._bury_late(replica, placed))
@@ -281,6 +283,19 @@ class Fleet:
                 f"{self.role}.{method}", found=failures, needed="at least one healthy replica", action="See the log."
             )
         return kept
+
+    async def change_weights(self, welcome: Callable[[Any], Awaitable[None]], method: str, *args: Any) -> None:
+        """Broadcasts a call that loads other weights, and welcomes newcomers to them from then on.
+
+        No replica slips through: one that joins meanwhile is either among those that are called or waits, and then gets
+        the new welcome.
+
+        Raises:
+            PublicationError: No replica is left.
+        """
+        async with self._weights:
+            await self.broadcast(method, *args)
+            self.welcome = welcome
 
     async def scatter(self, method: str, items: Sequence[Any], *args: Any) -> list[Any]:
         """Maps a list-to-list method over items: contiguous shares to replicas in index order, results in item order.

@@ -67,9 +67,11 @@ class GenerationWorker:
         """Ends the engine and its processes."""
         await self._engine.stop()
 
-    async def generate(self, prompts: Sequence[Prompt], num_samples: int, version: int) -> list[GroupHandle]:
+    async def generate(
+        self, prompts: Sequence[Prompt], num_samples: int, version: int, *, exact: bool = False
+    ) -> list[GroupHandle]:
         """Draws ``num_samples`` siblings for each prompt; see ``stream``."""
-        return [group async for group in self.stream(prompts, num_samples, version)]
+        return [group async for group in self.stream(prompts, num_samples, version, exact=exact)]
 
     async def stream(
         self,
@@ -77,6 +79,7 @@ class GenerationWorker:
         num_samples: int,
         version: int,
         sampling: SamplingConfig | None = None,
+        exact: bool = False,
     ) -> AsyncGenerator[GroupHandle, None]:
         """Draws all siblings of all prompts at once and yields each group as it is complete, in the prompts' order.
 
@@ -88,10 +91,11 @@ class GenerationWorker:
             num_samples: Siblings per prompt.
             version: Oldest weights that will do; also part of each completion's seed.
             sampling: Another distribution than the run's, for example greedy in an evaluation.
+            exact: Whether weights later than ``version`` will not do.
 
         Raises:
             DataError: A prompt leaves no room for a completion.
-            EngineError: The engine died, or its weights are older than ``version``.
+            EngineError: The engine died, or does not serve the weights that were asked for.
             DeadlineError: The engine did not finish in time.
         """
         sampling = sampling or self._sampling
@@ -105,7 +109,9 @@ class GenerationWorker:
         try:
             siblings: list[Completion] = []
             remaining = iter(prompts)
-            async with contextlib.aclosing(self._engine.sample(requests, sampling, version=version)) as completions:
+            async with contextlib.aclosing(
+                self._engine.sample(requests, sampling, version=version, exact=exact)
+            ) as completions:
                 async for completion in completions:
                     siblings.append(completion)
                     if len(siblings) == num_samples:

@@ -40,11 +40,15 @@ class FleetGenerator:
         self._fleet = fleet
         self._meter = meter
 
-    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+    async def generate(
+        self, prompts: Sequence[Prompt], *, num_samples: int, version: int, exact: bool = False
+    ) -> list[GroupHandle]:
         """See ``Generator.generate``."""
         began = time.monotonic()
         with _failing_as(EngineError):
-            groups: list[GroupHandle] = await self._fleet.scatter_stream("stream", list(prompts), num_samples, version)
+            groups: list[GroupHandle] = await self._fleet.scatter_stream(
+                "stream", list(prompts), num_samples, version, None, exact
+            )
         tokens = sum(length for group in groups for length in group.completion_lengths)
         self._meter(self._fleet.role, tokens, time.monotonic() - began)
         return groups

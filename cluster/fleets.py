@@ -44,16 +44,16 @@ async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
     load = (policy.path, policy.version, int(role.bucket_mib * 2**20))
     fresh = not context.has_fleet("generation")
     fleet = await context.fleet("generation", GenerationWorker, kwargs)
-    if context.serving != policy and not fresh:
-        async with context.gate.hold("publish"):
-            await fleet.broadcast("load_folder", *load)
-    context.serving = policy
 
     async def welcome(handle: Any) -> None:
         timeout_s = role.resources.call_timeout_s
         await await_ref(handle.load_folder.remote(*load), timeout_s=timeout_s, where="generation.load_folder")
 
+    if context.serving != policy and not fresh:
+        async with context.gate.hold("publish"):
+            await fleet.change_weights(welcome, "load_folder", *load)
     fleet.welcome = welcome  # a newcomer starts from what the fleet was first created with
+    context.serving = policy
     return fleet
 
 

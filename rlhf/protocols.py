@@ -19,10 +19,12 @@ class Generator(Protocol):
 
     A call admits all its prompts at once, in their order, each to the replica that order fixes. A replica that dies
     loses its unfinished prompts only: they are dispatched once more, by uid and seed, and a second failure raises
-    ``EngineError``. Every completion comes from weights no older than ``version``.
+    ``EngineError``. Every completion comes from weights no older than ``version``, and no newer where ``exact``.
     """
 
-    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+    async def generate(
+        self, prompts: Sequence[Prompt], *, num_samples: int, version: int, exact: bool = False
+    ) -> list[GroupHandle]:
         """Returns one handle per prompt, in the prompts' order, each with ``num_samples`` siblings."""
         ...
 

@@ -94,6 +94,7 @@ class FakeRun:
         self.trained_groups: list[tuple[GroupHandle, ...]] = []
         self.events: list[tuple[str, Mapping[str, Any]]] = []
         self.versions: list[int] = []
+        self.exact: list[bool] = []
         self.recorded: dict[int, tuple[str, ...]] = {}
         self.recorded_groups: dict[int, tuple[GroupHandle, ...]] = {}
         self.metrics: dict[int, Mapping[str, float]] = {}
@@ -109,8 +110,12 @@ class FakeRun:
         if (kind, number) in self.fail:
             raise self.fail[kind, number]
 
-    async def generate(self, prompts: Sequence[Prompt], *, num_samples: int, version: int) -> list[GroupHandle]:
+    async def generate(
+        self, prompts: Sequence[Prompt], *, num_samples: int, version: int, exact: bool = False
+    ) -> list[GroupHandle]:
         assert self.serving >= version, "asked for weights that nobody serves"
+        assert not exact or self.serving == version, "asked for weights that are gone"
+        self.exact.append(exact)
         self.versions.append(version)
         drawn_from = self.serving
         await self._call("generate", version)

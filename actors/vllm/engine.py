@@ -145,7 +145,7 @@ class VllmEngine:
     # -- drawing ------------------------------------------------------------------------------------------------
 
     async def sample(
-        self, requests: Sequence[Request], sampling: SamplingConfig, *, version: int
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, version: int, exact: bool = False
     ) -> AsyncGenerator[Completion, None]:
         """Draws one completion per request and yields them in the order of the requests.
 
@@ -156,9 +156,10 @@ class VllmEngine:
             requests: What to draw, in order of admission.
             sampling: The distribution.
             version: Oldest weights that will do.
+            exact: Whether later weights will not do.
 
         Raises:
-            EngineError: The engine died, or has no weights of ``version`` or later.
+            EngineError: The engine died, or does not serve the weights that were asked for.
             DeadlineError: Not done after ``generate_timeout_s``.
         """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -178,7 +179,7 @@ class VllmEngine:
             )
             for request in requests
         ]
-        async with contextlib.aclosing(self._run(requests, parameters, version)) as outputs:
+        async with contextlib.aclosing(self._run(requests, parameters, version, exact)) as outputs:
             async for output in outputs:
                 yield self._completion(output)
 
@@ -205,7 +206,7 @@ class VllmEngine:
             for _ in requests
         ]
         rows = []
-        async with contextlib.aclosing(self._run(requests, parameters, 0)) as outputs:
+        async with contextlib.aclosing(self._run(requests, parameters, 0, exact=False)) as outputs:
             async for output in outputs:
                 found = output.outputs[0].logprobs
                 if not found:
@@ -214,7 +215,7 @@ class VllmEngine:
         return rows
 
     async def _run(
-        self, requests: Sequence[Request], parameters: Sequence[SamplingParams], version: int
+        self, requests: Sequence[Request], parameters: Sequence[SamplingParams], version: int, exact: bool
     ) -> AsyncGenerator[RequestOutput, None]:
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._config.generate_timeout_s
@@ -224,7 +225,7 @@ class VllmEngine:
                 await self._link.call(self._link.settled.wait(), "generate", ends - loop.time())
                 async with self._link.admission:
                     if self._link.settled.is_set():
-                        self._link.check_serving(version)
+                        self._link.check_serving(version, exact=exact)
                         await self._admit(requests, parameters, admitted)
                         break
             for key, queue in admitted.items():

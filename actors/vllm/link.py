@@ -54,14 +54,14 @@ class EngineLink:
             raise self.failed("that its process died")
         return self.llm
 
-    def check_serving(self, version: int) -> None:
-        """Raises ``EngineError`` unless weights of ``version`` or later are served."""
+    def check_serving(self, version: int, *, exact: bool = False) -> None:
+        """Raises ``EngineError`` unless weights of ``version`` (or later, where not ``exact``) are served."""
         self.alive()
         if self.version is None:
             raise self.failed(f"an engine that serves nothing: {self._why_not}")
         if self.asleep:
             raise self.failed("an engine that is asleep")
-        if self.version < version:
+        if self.version < version or (exact and self.version != version):
             raise EngineError(
                 self.name,
                 found=f"weights of version {self.version}",

@@ -57,7 +57,7 @@ async def _sample(
     fleet = await generation_fleet(context, policy)
     generator = FleetGenerator(fleet, context.timings.add_tokens)
     async with context.timed_gate(stage.name).hold("generation"):
-        return await generator.generate(prompts, num_samples=num_samples, version=policy.version)
+        return await generator.generate(prompts, num_samples=num_samples, version=policy.version, exact=True)
 
 
 async def _measure(

@@ -197,7 +197,7 @@ class _OnlineRun:
         prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
         async with self.roles.gate.hold("generation"):
-            groups = await self.roles.generator.generate(prompts, num_samples=1, version=version)
+            groups = await self.roles.generator.generate(prompts, num_samples=1, version=version, exact=True)
         if self.validation_rewards is None:
             self.validation_rewards = self.rewards.measuring()
         async with self.roles.gate.hold("scorer"):

@@ -80,6 +80,7 @@ async def label(
                 some,
                 num_samples=config.num_samples,
                 version=version,
+                exact=True,
                 where=f"feedback chunk {chunk}",
                 event=roles.event,
             )

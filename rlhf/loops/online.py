@@ -114,6 +114,7 @@ async def collect(roles: OnlineRoles, config: LoopConfig, hooks: Hooks, buffer: 
             max_missing_fraction=config.max_missing_fraction,
             step=step,
             version=span.first_version + buffer.oldest_update(step),
+            exact=config.max_staleness == 0,
             event=hooks.event,
         )
         await rollouts.draw()

@@ -35,6 +35,7 @@ class Rollouts:
         prompts: Their uids are unique.
         num_samples: Siblings per prompt.
         version: Oldest weights that will do.
+        exact: Whether later weights will not do.
         where: Names the step or chunk in events.
         event: Event log.
     """
@@ -47,6 +48,7 @@ class Rollouts:
         *,
         num_samples: int,
         version: int,
+        exact: bool,
         where: str,
         event: Event,
     ) -> None:
@@ -54,7 +56,7 @@ class Rollouts:
         self.drawn_again: set[str] = set()
         """Uids of the groups that were lost once."""
         self._generator, self._gate, self._prompts = generator, gate, tuple(prompts)
-        self._num_samples, self._version = num_samples, version
+        self._num_samples, self._version, self._exact = num_samples, version, exact
         self._where, self._event = where, event
 
     async def draw(self) -> None:
@@ -84,7 +86,9 @@ class Rollouts:
 
     async def _generate(self, prompts: Sequence[Prompt]) -> list[GroupHandle]:
         async with self._gate.hold("generation"):
-            return await self._generator.generate(prompts, num_samples=self._num_samples, version=self._version)
+            return await self._generator.generate(
+                prompts, num_samples=self._num_samples, version=self._version, exact=self._exact
+            )
 
     async def _draw_again(self, error: RolloutsLostError) -> None:
         places = [place for place, group in enumerate(self.groups) if group.uid in error.uids]
@@ -111,6 +115,7 @@ class StepRollouts(Rollouts):
         max_missing_fraction: Above this fraction of missing scores the run stops.
         step: The step.
         version: Oldest weights that will do.
+        exact: Whether later weights will not do.
         event: Event log.
     """
 
@@ -123,6 +128,7 @@ class StepRollouts(Rollouts):
         max_missing_fraction: float,
         step: int,
         version: int,
+        exact: bool,
         event: Event,
     ) -> None:
         super().__init__(
@@ -131,6 +137,7 @@ class StepRollouts(Rollouts):
             prompts,
             num_samples=num_samples,
             version=version,
+            exact=exact,
             where=f"step {step}",
             event=event,
         )

@@ -287,3 +287,41 @@ def test_a_broadcast_of_what_cannot_be_done_says_so_and_blames_no_replica() -> N
 
 def test_rare_deaths_usually_come_through() -> None:
     assert sum(drive(seed, 0.02, [3, 1, 2], FleetLimits(5.0, 5.0, max_restarts=1000)) for seed in range(5)) >= 3
+
+
+@pytest.mark.parametrize("newcomer_first", [True, False])
+def test_a_newcomer_during_a_change_of_weights_serves_the_new_ones(newcomer_first: bool) -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits())
+        await fleet.scale(1)
+        holds: dict[FakeActor, str] = {}
+        gate = asyncio.Event()
+
+        def welcome_to(weights: str):
+            async def welcome(handle: FakeActor) -> None:
+                if weights == "old":
+                    await gate.wait()
+                holds[handle] = weights
+
+            return welcome
+
+        async def broadcast(method: str, weights: str) -> None:
+            called = [replica.handle for replica in fleet.healthy]
+            await gate.wait()
+            holds.update(dict.fromkeys(called, weights))
+
+        fleet.broadcast = broadcast  # type: ignore[assignment, method-assign]
+        fleet.welcome = welcome_to("old")
+        moves = [lambda: fleet.scale(2), lambda: fleet.change_weights(welcome_to("new"), "load_folder", "new")]
+        tasks = []
+        for move in moves if newcomer_first else moves[::-1]:
+            tasks.append(asyncio.create_task(move()))
+            await asyncio.sleep(0.05)
+        gate.set()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*tasks)
+        assert [holds[replica.handle] for replica in fleet.healthy] == ["new", "new"]
+        await fleet.stop()
+
+    asyncio.run(body())

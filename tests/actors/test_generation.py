@@ -91,6 +91,13 @@ def test_older_weights_than_asked_for_are_refused(generation: RunningWorker):
     assert generation.generate(version=generation.version - 1)
 
 
+def test_newer_weights_than_asked_for_are_refused_where_no_others_will_do(generation: RunningWorker):
+    prompts = make_prompts(1)
+    assert generation.run(generation.worker.generate(prompts, 1, generation.version, exact=True))
+    with pytest.raises(EngineError, match=f"version {generation.version}.*version {generation.version - 1}"):
+        generation.run(generation.worker.generate(prompts, 1, generation.version - 1, exact=True))
+
+
 def test_a_prompt_without_room_is_refused_by_its_uid(generation: RunningWorker):
     long = dataclasses.replace(make_prompts(1)[0], token_ids=tuple([7] * 240))
     with pytest.raises(DataError, match="test/0.*240 tokens"):

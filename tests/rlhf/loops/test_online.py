@@ -54,6 +54,7 @@ def test_without_staleness_every_batch_is_drawn_from_the_weights_it_updates(gate
     run = FakeRun(gate=gate, version=first_version)
     train(run, first_version=first_version, max_staleness=0)
     assert run.versions == [first_version + step for step in range(4)]
+    assert all(run.exact), "neither older nor newer weights"
     assert all(metrics["rollout/staleness"] == 0 for metrics in run.metrics.values())
 
 
@@ -61,6 +62,7 @@ def test_with_staleness_one_the_next_step_is_generated_while_this_one_trains() -
     run = FakeRun(gate=OpenGate())
     train(run, max_staleness=1)
     assert run.versions == [0, 0, 1, 2]
+    assert not any(run.exact), "publication may come before an engine admits the next step"
     for step in range(3):
         # Generation calls come in step order, so the s-th "generate" is that of step s.
         starts = [i for i, kind in enumerate(kinds(run)) if kind == "generate"]
