@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
@@ -52,6 +52,13 @@ class OnlineStage(StrictModel):
     """End with the checkpoint of the best validation score instead of the last one; needs loop.evaluate_every."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk; the best one stays too."""
+
+    @model_validator(mode="after")
+    def _stale_rollouts_are_corrected(self) -> OnlineStage:
+        # The ratio that is clipped starts from this step's weights, so it cannot see the drift since the drawing.
+        if self.loop.max_staleness > 0 and self.algorithm.policy.importance_cap is None:
+            raise ValueError("loop.max_staleness above 0 needs algorithm.policy.importance_cap, for example 2.0")
+        return self
 
 
 async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class PolicyConfig(StrictModel):
     """The ratio is clipped above at 1 + clip_high; above clip_low leaves room for unlikely tokens (DAPO)."""
     importance_cap: float | None = Field(default=None, gt=0.0)
     """Weighs tokens by min(learner / generating engine, cap), which corrects for engines that compute slightly
-    different or older log-probs. Absent: no correction."""
+    different or older log-probs. Absent: no correction; rollouts of older weights (loop.max_staleness) need one."""
     entropy_coefficient: float = Field(default=0.0, ge=0.0)
     """Reward per nat of entropy, in the loss."""
     kl: KlConfig = KlConfig()

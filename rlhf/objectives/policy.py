@@ -35,6 +35,9 @@ class PolicyObjective:
     With r = exp(log p - log p_old) per token, w the truncated importance weight (held constant), A the advantage:
         loss = mean( w * max(-r A, -clip(r, 1 - low, 1 + high) A) + c_kl * KL - c_entropy * H )
         w = min(exp(log p_old - log p_engine), cap)   (truncated importance sampling, Ionides 2008)
+    Where rollouts are stale p_old is of the weights at the start of the step, not of those that drew: r then limits how
+    far one step goes and w alone corrects for the drift before it (the decoupled objective of Hilton et al. 2022,
+    "Batch size-invariance for policy optimization").
 
     Args:
         config: The loss's settings.

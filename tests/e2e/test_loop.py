@@ -29,7 +29,7 @@ def test_whole_loop_with_two_replicas_and_two_ranks(tmp_path: Path, tiny_model_d
         {
             "kind": "rl",
             "learner": learner,
-            "algorithm": {"name": "grpo", "policy": {"kl": {"coefficient": 0.1}}},
+            "algorithm": {"name": "grpo", "policy": {"kl": {"coefficient": 0.1}, "importance_cap": 2.0}},
             "rewards": [{"source": "reward_model", "normalise": True}, {"source": "judge", "weight": 0.5}],
             "loop": {
                 "steps": 3,

@@ -39,6 +39,14 @@ def test_every_rank_gets_a_prompt_for_every_mini_batch(name: str) -> None:
         recipe(algorithm={"name": name, "num_mini_batches": 5}, **critic)
 
 
+def test_stale_rollouts_need_their_correction() -> None:
+    stale = {"max_staleness": 1}
+    with pytest.raises(ConfigError, match=r"max_staleness above 0 needs algorithm\.policy\.importance_cap"):
+        recipe(loop=stale)
+    assert recipe(loop=stale, algorithm={"name": "grpo", "policy": {"importance_cap": 2.0}})
+    assert recipe(loop={"max_staleness": 0})
+
+
 def test_the_critic_s_ranks_count_too() -> None:
     algorithm = {"name": "ppo", "num_mini_batches": 2}
     with pytest.raises(ConfigError, match=r"at least roles\.critic\.ranks \(3\)"):
