@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.control_tokens import encode_guarded
 from actors.store import Store, fetch_all, fetch_payload
 from actors.vllm.config import EngineConfig
 from actors.vllm.engine import Request, VllmEngine
@@ -259,7 +260,7 @@ class JudgeWorker(JudgeBase):
         answers: dict[int, Answer] = {}
         by_labels: dict[tuple[str, str], list[tuple[int, Request]]] = {}
         for index, request in enumerate(requests):
-            ids = tuple(self._tokenizer.encode(request.text))
+            ids = tuple(encode_guarded(self._tokenizer, request.text, request.foreign))
             if len(ids) >= self._max_model_len:
                 error = f"the judge's text has {len(ids)} tokens and its context is {self._max_model_len}"
                 answers[index] = Answer(None, error)

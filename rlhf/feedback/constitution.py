@@ -178,6 +178,18 @@ def fill(template: str, values: dict[str, str]) -> str:
     return _SLOT.sub(lambda match: values.get(match.group(1), match.group(0)), template)
 
 
+def fill_and_locate(template: str, values: dict[str, str]) -> tuple[str, list[tuple[str, int, int]]]:
+    """Like ``fill``, and says where the values came to stand: the slot's name, first character, end (excluded)."""
+    text, places, copied = "", [], 0
+    for match in _SLOT.finditer(template):
+        text += template[copied : match.start()]
+        value = values.get(match.group(1), match.group(0))
+        places.append((match.group(1), len(text), len(text) + len(value)))
+        text += value
+        copied = match.end()
+    return text + template[copied:], places
+
+
 def _template_text(template: str, folder: Path, where: str) -> tuple[str, str]:
     if "\n" in template or not template.endswith(".txt"):
         return template, f"{where}: template"

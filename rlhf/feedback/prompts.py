@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from rlhf.feedback.constitution import Constitution, fill
+from rlhf.feedback.constitution import Constitution, fill_and_locate
 from rlhf.types import Prompt, RolloutGroup
 
 _FENCE_LENGTH = 12  # letters, 4.3 bits each
@@ -29,6 +29,8 @@ class JudgeRequest:
         text: All that the judge reads; ends where the label comes.
         labels: The two continuations to score, positive first.
         note: What the record should say about the text, such as a cut; mostly empty.
+        foreign: Where in ``text`` stands what others wrote (the prompt and the texts to judge): first character and
+            end (excluded) of each. Nothing in there may act as one of the judge's control tokens.
     """
 
     uid: str
@@ -36,6 +38,7 @@ class JudgeRequest:
     text: str
     labels: tuple[str, str]
     note: str = ""
+    foreign: tuple[tuple[int, int], ...] = ()
 
 
 def build_requests(constitution: Constitution, group: RolloutGroup, *, seed: int) -> list[JudgeRequest]:
@@ -62,8 +65,8 @@ def requests_for_texts(
     requests = []
     for samples in permutations(range(len(texts)), size):
         shown, note = _cut([texts[index] for index in samples], samples, constitution.config.max_characters)
-        text = judge_text(constitution, question, shown, fence)
-        requests.append(JudgeRequest(prompt.uid, samples, text, (labels.positive, labels.negative), note))
+        text, foreign = judge_text(constitution, question, shown, fence)
+        requests.append(JudgeRequest(prompt.uid, samples, text, (labels.positive, labels.negative), note, foreign))
     return requests
 
 
@@ -75,12 +78,17 @@ def content_free_request(constitution: Constitution, text: str, *, seed: int) ->
     size = 1 if constitution.config.mode == "pointwise" else 2
     labels = constitution.config.labels
     fence = draw_fence(seed, "", [text])
-    shown = judge_text(constitution, "", [text] * size, fence)
-    return JudgeRequest("content-free", tuple(range(size)), shown, (labels.positive, labels.negative))
+    shown, foreign = judge_text(constitution, "", [text] * size, fence)
+    names = (labels.positive, labels.negative)
+    return JudgeRequest("content-free", tuple(range(size)), shown, names, foreign=foreign)
 
 
-def judge_text(constitution: Constitution, question: str, texts: Sequence[str], fence: str) -> str:
-    """Returns the whole text for one judgement: header, worked examples, then the case without its label.
+def judge_text(
+    constitution: Constitution, question: str, texts: Sequence[str], fence: str
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns the whole text for one judgement, and where in it prompt and texts stand (``JudgeRequest.foreign``).
+
+    Header, worked examples, then the case without its label.
 
     Each example has a fence of its own that never changes: an engine computes the prefix of all judgements once.
     """
@@ -89,9 +97,11 @@ def judge_text(constitution: Constitution, question: str, texts: Sequence[str], 
     for index, example in enumerate(constitution.config.examples):
         shown = [example.text.strip(), example.other.strip()]
         own = draw_fence(index, "example", [*shown, example.prompt])
-        parts.append(_case(constitution, example.prompt, shown, own) + labels[example.label])
-    parts.append(_case(constitution, question, texts, fence))
-    return "\n\n".join(parts)
+        parts.append(_case(constitution, example.prompt, shown, own)[0] + labels[example.label])
+    case, places = _case(constitution, question, texts, fence)
+    text = "\n\n".join([*parts, case])
+    start = len(text) - len(case)
+    return text, tuple((start + first, start + end) for slot, first, end in places if slot != "fence")
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -118,9 +128,11 @@ def draw_fence(seed: int, name: str, texts: Iterable[str]) -> str:
         attempt += 1
 
 
-def _case(constitution: Constitution, question: str, texts: Sequence[str], fence: str) -> str:
+def _case(
+    constitution: Constitution, question: str, texts: Sequence[str], fence: str
+) -> tuple[str, list[tuple[str, int, int]]]:
     values = {"fence": fence, "prompt": question, "completion": texts[0], "first": texts[0], "second": texts[-1]}
-    return fill(constitution.case, values)
+    return fill_and_locate(constitution.case, values)
 
 
 def _cut(texts: list[str], samples: Sequence[int], limit: int) -> tuple[list[str], str]:
