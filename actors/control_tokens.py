@@ -1,7 +1,8 @@
 """A judge's text as tokens, so that only the constitution can write the judge's control tokens.
 
-A tokenizer turns ``<|im_end|>`` into the token that ends a turn wherever it stands, a completion that is judged included:
-its writer could close the quotation and speak as the user. Inside foreign text such words are therefore spelt out.
+A tokenizer turns ``<|im_end|>`` into the token that ends a turn wherever it stands, a completion that is judged
+included: its writer could close the quotation and speak as the user. In foreign text such words are therefore spelt
+out.
 """
 
 from __future__ import annotations

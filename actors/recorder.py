@@ -18,6 +18,7 @@ from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
 from rlhf.errors import RecordError
 from rlhf.evaluation.completions import EvalCompletion, to_wide
+from rlhf.evaluation.text import measure_texts
 from rlhf.runs import tables
 from rlhf.types import (
     Completion,
@@ -83,6 +84,28 @@ class RecorderWorker:
         A step that is done again after a resume replaces its own file.
         """
         return self._write_groups(f"step_{step:06d}", groups, step)
+
+    def record_validation(
+        self, num_updates: int, groups: Sequence[GroupHandle], subject_field: str, keywords_field: str
+    ) -> dict[str, float]:
+        """Writes the samples of a validation with their scores.
+
+        Args:
+            num_updates: Updates done before it.
+            groups: The samples.
+            subject_field: Data column that names what a text has to be about.
+            keywords_field: Data column with stems that show that it is.
+
+        Returns:
+            ``rlhf.evaluation.text.measure_texts`` of all of them.
+        """
+        self._write_groups(f"validation_{num_updates:06d}", groups, num_updates)
+        texts, subjects = [], []
+        for group in map(self._group, groups):
+            fields = group.prompt.fields
+            texts += [rollout.completion.text for rollout in group.rollouts]
+            subjects += [(fields.get(subject_field, ""), fields.get(keywords_field, ""))] * len(group.rollouts)
+        return measure_texts(texts, subjects)
 
     def record_groups(self, name: str, groups: Sequence[GroupHandle]) -> int:
         """Writes rollouts that belong to no step, for example of the feedback stage."""

@@ -177,7 +177,7 @@ def _check_stage(config: RunConfig, stage: Stage) -> None:
             raise ValueError(f"stage {stage.name}: loop.num_samples of at least 2 for {stage.algorithm.name}")
     if isinstance(stage, EvaluateStage):
         needs = {
-            "data.evaluation": config.data.evaluation is None,
+            f"data.{stage.split}": getattr(config.data, stage.split) is None,
             "constitutions.evaluation": not config.constitutions.evaluation,
         }
     missing = [key for key, is_missing in needs.items() if is_missing]

@@ -23,6 +23,8 @@ class EvaluateStage(StrictModel):
     """Tag of this stage."""
     name: str = "evaluate"
     """Names the stage in the record."""
+    split: Literal["evaluation", "validation"] = "evaluation"
+    """The prompts: ``validation`` while a recipe is being chosen, so that ``evaluation`` is seen once, at the end."""
     num_samples: int = Field(default=2, ge=1)
     """Completions per prompt and arm."""
     best_of: int = Field(default=4, ge=0)
@@ -35,7 +37,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
     """Samples both models on ``data.evaluation``, scores them with every instrument and grades them."""
     from cluster.fleets import evaluator
 
-    prompts = context.prompts("evaluation")
+    prompts = context.prompts(stage.split)
     has_reward_model = (context.run.reward_model / "config.json").is_file()
     drawn = max(stage.num_samples, stage.best_of) if has_reward_model else stage.num_samples
     arms = {

@@ -15,6 +15,7 @@ from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
 from rlhf.errors import LearnerError
+from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
 
@@ -199,7 +200,10 @@ class _OnlineRun:
         self.progress.advance(score=metrics.get("rollout/score", float("nan")))
 
     async def _evaluate(self, num_updates: int) -> None:
-        """Samples the validation prompts from the weights just published and scores them with the training rewards."""
+        """Samples the validation prompts from the weights just published and scores them with the training rewards.
+
+        Beside the score stands what it may hide: length, diversity, being on topic.
+        """
         stage, version = self.stage, self.context.policy.version + num_updates
         prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
@@ -209,13 +213,18 @@ class _OnlineRun:
             self.validation_rewards = self.rewards.measuring()
         async with self.roles.gate.hold("scorer"):
             scores = await self.validation_rewards.score(groups)
+        scored = [dataclasses.replace(group, scores=given) for group, given in zip(groups, scores, strict=True)]
+        card = next((s.report_card for s in self.context.config.stages if s.kind == "evaluate"), ReportCardConfig())
+        recorder = await self.context.recorder()
+        found = await recorder.call("record_validation", num_updates, scored, card.subject_field, card.keywords_field)
+        measures = {f"validation/{name}": value for name, value in found.items()}
         values = [score.value for siblings in scores for score in siblings if score.value is not None]
         if not values:
             self.context.event("validation_missing", stage=stage.name, step=num_updates)
             return
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)
-        self.context.metrics.log(f"{stage.name}-validation", num_updates, {"validation/score": mean})
+        self.context.metrics.log(f"{stage.name}-validation", num_updates, {"validation/score": mean} | measures)
 
     async def _checkpoint(self, num_updates: int, collected: Mapping[str, Any]) -> None:
         from rlhf.runs import checkpoint

@@ -64,6 +64,21 @@ def word_count(text: str) -> int:
     return len(words(text))
 
 
+def measure_texts(texts: Sequence[str], subjects: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """What a score may hide, of a set of texts: mean length in words, diversity, and the share that is on topic.
+
+    Args:
+        texts: The completions.
+        subjects: Subject and keywords of each (see ``on_topic``), both empty where its prompt names none.
+
+    Returns:
+        ``words``, ``distinct_2``, and ``on_topic`` over the texts that have a subject, if any has.
+    """
+    measures = {"words": sum(map(word_count, texts)) / len(texts), "distinct_2": distinct_n(texts)}
+    kept = [on_topic(text, *about) for text, about in zip(texts, subjects, strict=True) if any(about)]
+    return measures | ({"on_topic": sum(kept) / len(kept)} if kept else {})
+
+
 def stem(word: str) -> str:
     """A word without one common English ending, so that ``pirates`` and ``pirate`` meet.
 

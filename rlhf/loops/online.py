@@ -30,7 +30,8 @@ class LoopConfig(StrictModel):
     num_samples: int = Field(ge=1)
     """Siblings per prompt (K)."""
     max_staleness: int = Field(default=0, ge=0, le=1)
-    """0: synchronous. 1: the next step is generated while this one trains; needs ``algorithm.policy.importance_cap``."""
+    """0: synchronous. 1: the next step is generated while this one trains, which needs
+    ``algorithm.policy.importance_cap``."""
     max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Above this fraction of missing scores in a step the run stops."""
     evaluate_every: int = Field(default=0, ge=0)

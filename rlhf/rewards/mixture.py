@@ -15,8 +15,9 @@ from rlhf.types import GroupHandle, Score
 def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
     """Returns the weighted sum of the parts of one completion; a missing part makes the sum missing.
 
-    A part of weight 0 is only recorded, so the sum does without it where it is missing. The components of the result are each part's value under its name, and the part's own components under
-    ``name/component``, so that the record shows what a reward is made of.
+    A part of weight 0 is only recorded, so the sum does without it where it is missing. The components of the result
+    are each part's value under its name, and the part's own components under ``name/component``, so that the record
+    shows what a reward is made of.
 
     Args:
         named: Name, weight and score of each part.

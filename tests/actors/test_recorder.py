@@ -108,6 +108,18 @@ def test_scores_with_a_missing_one_come_back(recorder: RecorderWorker, tmp_path:
     assert handle.scores == SCORES
 
 
+def test_a_validation_is_kept_and_measured(recorder: RecorderWorker, tmp_path: Path) -> None:
+    groups = [make_group(0), make_group(1)]
+    measures = recorder.record_validation(20, [make_handle(g, SCORES) for g in groups], "subject", "keywords")
+    rows = tables.read_table(tmp_path / "rollouts" / "validation_000020.parquet")
+    assert len(rows) == 8 and rows[0]["score"] == 1.25 and rows[0]["step"] == 20
+    # "text 0/1 – naïve ★" has four words; two of its three pairs of words are in the three other siblings too.
+    assert measures["words"] == 4.0
+    assert measures["on_topic"] == 0.0
+    assert 0.0 < measures["distinct_2"] < 1.0
+    assert "on_topic" not in recorder.record_validation(21, [make_handle(groups[0], SCORES)], "none", "none")
+
+
 def test_a_step_done_again_replaces_its_file(recorder: RecorderWorker, tmp_path: Path) -> None:
     recorder.record(1, [make_handle(make_group(0))])
     recorder.record(1, [make_handle(make_group(5, num_samples=2))])
