@@ -51,13 +51,25 @@ class JudgeBase(ABC):
         constitutions: Name -> constitution file.
         store: Where rollout groups are.
         seed: Draws the fences around judged texts.
+        keep_answers: Whether a question that was answered in an earlier call is not asked again. An engine's last bits
+            depend on what is asked together, so where runs are to repeat bit for bit, what a resumed judge has
+            forgotten may not change its batches.
     """
 
-    def __init__(self, judge: str, constitutions: Mapping[str, Path], store: Store, *, seed: int) -> None:
+    def __init__(
+        self,
+        judge: str,
+        constitutions: Mapping[str, Path],
+        store: Store,
+        *,
+        seed: int,
+        keep_answers: bool = True,
+    ) -> None:
         self._judge = judge
         self._files = dict(constitutions)
         self._store = store
         self._seed = seed
+        self._keep_answers = keep_answers
         self._constitutions: dict[str, Constitution] = {}
         self._centres: dict[str, float] = {}
         self._cache: OrderedDict[str, Mapping[str, float]] = OrderedDict()
@@ -169,7 +181,7 @@ class JudgeBase(ABC):
                     fresh.setdefault(key, request)
         for key, answer in zip(fresh, await self._ask(list(fresh.values())), strict=True):
             known[key] = answer
-            if answer.log_probs is not None:
+            if answer.log_probs is not None and self._keep_answers:
                 self._cache[key] = answer.log_probs
         while len(self._cache) > _MAX_CACHED:
             self._cache.popitem(last=False)
@@ -219,7 +231,7 @@ class JudgeWorker(JudgeBase):
         cores: Cores | None = None,
         name: str = "",
     ) -> None:
-        super().__init__(name or Path(model).name, constitutions, store, seed=seed)
+        super().__init__(name or Path(model).name, constitutions, store, seed=seed, keep_answers=False)
         self._model = Path(model)
         self._max_model_len = engine.max_model_len
         self._engine = VllmEngine(model, engine, cores=cores, name=f"judge {self._judge}")

@@ -17,8 +17,8 @@ from tests.actors.judging import make_group, write_constitution
 class WordJudge(JudgeBase):
     """Counts good and bad in what is between the fences; says nothing about a text with ``mute`` in it."""
 
-    def __init__(self, constitutions):
-        super().__init__("words", constitutions, LocalStore(), seed=3)
+    def __init__(self, constitutions, **options):
+        super().__init__("words", constitutions, LocalStore(), seed=3, **options)
         self.asked: list[str] = []
 
     async def _open(self):
@@ -93,6 +93,14 @@ def test_an_answer_is_asked_for_once(tmp_path):
     assert len(judge.asked) > 4, "another constitution has answers of its own"
 
 
+def test_a_judge_whose_bits_depend_on_the_batch_asks_again(tmp_path):
+    judge = WordJudge({"train": write_constitution(tmp_path)}, keep_answers=False)
+    groups = [make_group("a", ["good", "good", "bad"])]
+    first = _run(judge, groups)
+    assert _run(judge, groups) == first
+    assert judge.asked[:2] == judge.asked[2:], "the same batch, whatever was judged before"
+
+
 def test_the_centre_can_be_the_margin_of_a_text_that_says_nothing(tmp_path):
     judge = WordJudge({"train": write_constitution(tmp_path, extra='centre: {content_free: "good good good"}\n')})
     (verdicts,) = _run(judge, [make_group("a", ["good"])])
@@ -148,7 +156,7 @@ def test_label_log_probs_are_those_of_the_model(generation, tmp_path):
         assert math.isfinite(verdict.value)
     (scores,) = generation.run(judge.score([make_group("a", texts)], "train"))
     assert scores[0].value == verdicts[0].value
-    assert generation.run(judge.stats())["num_cached"] == 2
+    assert generation.run(judge.stats())["num_cached"] == 0
 
 
 @pytest.mark.engine
