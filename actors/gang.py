@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.calls import await_ref, gather_all, kill
+from actors.roles import Meter
 from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError, RolloutsLostError
 from rlhf.maths.packing import deal
 from rlhf.types import GroupHandle
@@ -24,14 +26,18 @@ class LearnerGang:
         role: Name in logs and errors.
         ranks: Actor handles of ``LearnerWorker``s, rank order.
         timeout_s: Longest wait for one call.
+        meter: Is told the tokens of every update and annotation, and the seconds that they took.
     """
 
-    def __init__(self, role: str, ranks: Sequence[Any], *, timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self, role: str, ranks: Sequence[Any], *, timeout_s: float = 1800.0, meter: Meter = lambda role, tokens, s: None
+    ) -> None:
         self.role = role
         self.ranks = list(ranks)
         self.lock = asyncio.Lock()
         """Held over an update and over a whole publication, so that no export mixes two versions."""
         self._timeout_s = timeout_s
+        self._meter = meter
 
     async def call(self, method: str, args_of_rank: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> list[Any]:
         """Calls a method on every rank and returns the results in rank order.
@@ -83,7 +89,8 @@ class LearnerGang:
         self._require_ranks()
         shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
-            results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
+            with self._metered(groups):
+                results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
         metrics = dict(results[0])
         if metrics.get("consecutive_skips", 0) >= 3:
             raise NonFiniteError(
@@ -99,11 +106,18 @@ class LearnerGang:
         self._require_ranks()
         shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
-            results = await self.call("annotate", lambda rank: ([groups[i] for i in shares[rank]],))
+            with self._metered(groups):
+                results = await self.call("annotate", lambda rank: ([groups[i] for i in shares[rank]],))
         annotated: dict[int, GroupHandle] = {}
         for share, part in zip(shares, results, strict=True):
             annotated |= dict(zip(share, part, strict=True))
         return [annotated[i] for i in range(len(groups))]
+
+    @contextlib.contextmanager
+    def _metered(self, groups: Sequence[GroupHandle]) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._meter(self.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
 
     async def save(self, directory: Path) -> None:
         """See ``Learner.save``."""

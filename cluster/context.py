@@ -218,7 +218,7 @@ class RunContext:
         resources = section.resources
         placer = await Placer.reserved(role, resources, section.ranks)
         common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
-        gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s)
+        gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s, meter=self.timings.add_tokens)
         try:
             for rank in range(section.ranks):
                 info = RankInfo(

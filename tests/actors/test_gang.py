@@ -106,8 +106,11 @@ GROUPS = [make_group(f"p{i}", 0, (length,)) for i, length in enumerate([50, 10, 
 def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -> None:
     async def body() -> None:
         gang = make_gang()
+        measured: list[tuple[str, int]] = []
+        gang = LearnerGang("learner", gang.ranks, meter=lambda role, tokens, seconds: measured.append((role, tokens)))
         await gang.start()
         metrics = await gang.update(GROUPS)
+        assert measured == [("learner", sum(group.num_tokens for group in GROUPS))]
         assert metrics["uids"] == ["p0", "p1"]
         annotated = await gang.annotate(GROUPS)
         assert [g.uid for g in annotated] == ["p0", "p1", "p2", "p3"]
