@@ -23,8 +23,15 @@ def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir
             "select_best": False,
             "learner": recipes.learner(),
             "algorithm": {"name": "grpo", "policy": {"kl": {"coefficient": 0.1}}},
-            "rewards": [{"source": "rules", "rules": [{"rule": "repetition", "n": 2}]}],
-            "loop": {"steps": STEPS, "prompts_per_step": 4, "num_samples": 2, "checkpoint_every": 10},
+            "rewards": [{"source": "rules", "rules": [{"rule": "repetition", "n": 2}], "normalise": True}],
+            "validation_prompts": 4,
+            "loop": {
+                "steps": STEPS,
+                "prompts_per_step": 4,
+                "num_samples": 2,
+                "checkpoint_every": 10,
+                "evaluate_every": 20,
+            },
         }
     ]
     recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, stages))
@@ -32,6 +39,8 @@ def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir
     assert recipes.run(recipe) == 0, recipes.log_of(recipe)
     whole = recipes.metrics(run)
     assert len(whole) == STEPS
+    validated = recipes.metrics(run, "rl-validation")
+    assert [line["step"] for line in validated] == [20, 40]
     shutil.move(run, tmp_path / "whole")
 
     def steps_done(count: int) -> bool:
@@ -51,6 +60,7 @@ def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir
 
     assert recipes.run(recipe) == 0, recipes.log_of(recipe)
     assert recipes.metrics(run) == whole
+    assert recipes.metrics(run, "rl-validation") == validated, "on the scale of the first one, which a resume keeps"
     names = [file.name for file in sorted((tmp_path / "whole" / "policy").glob("*.safetensors"))]
     assert names
     for name in names:
