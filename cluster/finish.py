@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.context import read_peak_memory
+from cluster.context import Policy, latest_policy, read_peak_memory
 from rlhf.evaluation.criteria import check_criteria
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
@@ -21,6 +23,7 @@ from rlhf.runs.timings import Timings
 def summarise(config: RunConfig, root: Path) -> None:
     """Writes ``summary.json`` and prints the results; says what is left where stages are still open."""
     run = RunDirectory(root)
+    keep_policy(config, run)
     left = [stage.name for stage in config.stages if not run.is_complete(stage.name)]
     if left:
         print(f"{root}: stages left: {', '.join(left)}")
@@ -36,6 +39,27 @@ def summarise(config: RunConfig, root: Path) -> None:
     print(f"summary  {run.summary}")
     print(f"report   {write_report(root)}")
     print("next     open the report in a browser; copy the recipe, change it, and run it with another run_dir")
+
+
+def keep_policy(config: RunConfig, run: RunDirectory) -> None:
+    """Makes ``RUN/policy`` what the last complete stage with a policy left, whole or not at all; files are shared."""
+    nothing = Policy(run.policy, 0)
+    found = latest_policy(config, run, nothing).path
+    if found == run.policy:
+        return
+    partial = run.policy.with_name(".policy")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(found, partial, copy_function=_share_file)
+    shutil.rmtree(run.policy, ignore_errors=True)
+    partial.rename(run.policy)
+
+
+def _share_file(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+    return target
 
 
 def build_summary(config: RunConfig, run: RunDirectory) -> Summary:

@@ -63,7 +63,7 @@ class OnlineStage(StrictModel):
 
 
 async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
-    """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/policy``.
+    """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/STAGE/policy``.
 
     A rank that dies takes its gang with it; the whole gang then starts again from that checkpoint, as often as the
     role's ``max_restarts`` allows.
@@ -244,7 +244,11 @@ class _OnlineRun:
             checkpoint.mark_best(self.checkpoints, num_updates, "validation/score", score)
 
     async def _finish(self) -> dict[str, Any]:
-        """Exports the best checkpoint's weights (or the last) to ``RUN/policy``, whole or not at all."""
+        """Exports the best checkpoint's weights (or the last) to the stage's folder, whole or not at all.
+
+        Every stage has a folder of its own: a stage that is killed between its export and its record starts again, and
+        must not find its own result where it began.
+        """
         from rlhf.runs import checkpoint
 
         steps = self.stage.loop.steps
@@ -255,7 +259,8 @@ class _OnlineRun:
         best = checkpoint.load_best(self.checkpoints, on_event=rejected) if self.stage.select_best else None
         if best is not None and best.step != steps:
             await self._load(best.path)
-        target = self.context.run.policy
+        target = self.context.run.root / self.stage.name / "policy"
+        target.parent.mkdir(exist_ok=True)
         partial = target.with_name(".policy")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -263,4 +268,9 @@ class _OnlineRun:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         version = self.context.policy.version + (best.step if best is not None else steps)
-        return {"policy": "policy", "version": version, "steps": steps, "selected_step": best.step if best else steps}
+        return {
+            "policy": f"{self.stage.name}/policy",
+            "version": version,
+            "steps": steps,
+            "selected_step": best.step if best else steps,
+        }
