@@ -101,7 +101,7 @@ class RecorderWorker:
         """
         self._write_groups(f"validation_{num_updates:06d}", groups, num_updates)
         texts, subjects = [], []
-        for group in map(self._group, groups):
+        for group in self._groups(groups):
             fields = group.prompt.fields
             texts += [rollout.completion.text for rollout in group.rollouts]
             subjects += [(fields.get(subject_field, ""), fields.get(keywords_field, ""))] * len(group.rollouts)

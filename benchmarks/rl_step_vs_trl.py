@@ -38,7 +38,7 @@ recorder: {{cpus: 0.1}}
 stages:
   - kind: rl
     select_best: false
-    learner: {{optim: {{lr: 1.0e-6}}}}
+    learner: {{max_tokens_per_micro_batch: 1024, optim: {{lr: 1.0e-6}}}}
     algorithm: {{name: grpo, policy: {{kl: {{coefficient: 0.04}}}}}}
     rewards: [{{source: rules, rules: [{{rule: repetition, n: 2}}]}}]
     loop: {{steps: {STEPS}, prompts_per_step: {NUM_PROMPTS}, num_samples: {NUM_SAMPLES}, checkpoint_every: 1000}}

@@ -65,7 +65,7 @@ def judge_eval(folder: Path, service: Service, kinds: tuple[str, ...] = KINDS, m
         "model": str(folder / "no such model"),
         "constitutions": {"training": constitution.name},
         "roles": {"judge": {"endpoint": endpoint}},
-        "stages": [{"kind": "reward"}],
+        "stages": [{"kind": "sft", "data": {"path": "labels.jsonl"}}],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     rows = [{"text": text, "label": kind} for text, kind in zip(TEXTS, kinds, strict=True)]
