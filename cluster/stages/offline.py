@@ -114,8 +114,9 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
     async with context.timed_gate(stage.name).hold("learner"):
         await _fit(context, job)
     results = read_results(job)
-    held_out = results.pop("held_out", None)
-    if held_out is not None and any(s.kind == "feedback" and s.measure_agreement for s in context.config.stages):
+    held_out = results.pop("held_out", ())
+    measured = any(s.kind == "feedback" and s.measure_agreement for s in context.config.stages)
+    if measured and results.get("pair_accuracy") is not None:
         results["judge_agreement"] = await judge_agreement(context, held_out)
     if stage.kind != "reward":
         results["version"] = context.policy.version + 1

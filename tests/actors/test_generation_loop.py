@@ -20,7 +20,7 @@ class InstantEngine:
 
     version, is_alive, num_in_flight = 0, True, 0
 
-    async def sample(self, requests, sampling, *, version):
+    async def sample(self, requests, sampling, *, version, exact=False):
         for request in requests:
             tokens = np.array([len(request.name)], np.int32)
             yield Completion(tokens, np.zeros(1, np.float32), request.name, "stop", (VersionSpan(0, 0, 1),))
@@ -60,6 +60,7 @@ def test_other_calls_are_answered_while_a_group_waits_for_its_owner() -> None:
         drawing = asyncio.create_task(worker.generate(PROMPTS, 2, 0))
         try:
             while not store.asked.is_set():
+                assert not drawing.done(), drawing.result()
                 await asyncio.sleep(0.001)
             stats = await asyncio.wait_for(worker.stats(), 10)  # with the loop held, this line is never reached
             assert not drawing.done() and stats["num_completions"] == 2

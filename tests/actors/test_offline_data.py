@@ -154,7 +154,7 @@ def test_a_trained_reward_model_is_there_before_it_is_measured(tmp_path: Path) -
     _Session(job, worker, 0).finish(held_out, num_groups=6)
     assert worker.done == ["normalise", "export", "score"]
     assert (job.target / "config.json").is_file()
-    nothing = {"pair_accuracy": None, "kendall_tau": None, "num_pairs": 0}
+    nothing = {"held_out": ["tied", "unknown"], "pair_accuracy": None, "kendall_tau": None, "num_pairs": 0}
     assert read_results(job) == {"num_groups": 6, "num_held_out": 2} | nothing
 
 
