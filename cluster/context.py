@@ -20,7 +20,7 @@ from actors.roles import RemoteRecorder
 from actors.settings import LearnerConfig
 from actors.store import RayStore
 from cluster.config import RunConfig, Stage
-from cluster.control import clear_stop, read_scale, request_stop
+from cluster.control import ScaleRequests, clear_requests, request_stop
 from cluster.placement import RUN_MARK, Placer, connect, disconnect, free_nodes
 from cluster.planning import check_placement, stage_plans
 from cluster.roles import LearnerRole
@@ -101,6 +101,10 @@ class RunContext:
     _recorder: RemoteRecorder | None = None
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a role is placed, so that none is placed twice."""
+    _requests: ScaleRequests = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._requests = ScaleRequests(self.run.root, self.event)
 
     # Records
 
@@ -185,7 +189,7 @@ class RunContext:
         return fleet
 
     def _wanted(self, role: str) -> int:
-        return read_scale(self.run.root).get(role, self.config.count(role))
+        return self._requests.replicas(role, self.config.count(role))
 
     async def make_room(self, stage: Stage) -> None:
         """Ends fleets of earlier stages that this one does not use, where it could not be placed beside them.
@@ -244,17 +248,16 @@ class RunContext:
 
     async def watch_control(self, interval_s: float = 1.0) -> None:
         """Scales fleets as ``rlhf scale`` asks, for as long as the run goes on; a request that fails is an event."""
-        asked: dict[str, int] = {}
         while True:
             await asyncio.sleep(interval_s)
-            for role, wanted in read_scale(self.run.root).items():
-                if role in self._fleets and asked.get(role) != wanted:
-                    asked[role] = wanted
-                    self.event("scaling", role=role, replicas=wanted)
-                    try:
-                        await self._fleets[role].scale(wanted)
-                    except RlhfError as error:  # the run goes on with the replicas that it has
-                        self.event("scaling_failed", role=role, error=str(error))
+            for role, wanted in self._requests.due(self._fleets).items():
+                if (fleet := self._fleets.get(role)) is None:  # released while another one was scaled
+                    continue
+                self.event("scaling", role=role, replicas=wanted)
+                try:
+                    await fleet.scale(wanted)
+                except RlhfError as error:  # the run goes on with the replicas that it has
+                    self._requests.refuse(role, error)
 
     def request_stop(self) -> None:
         """Asks the stage to save and end; ranks under Ray Train see it through the control folder."""
@@ -280,7 +283,8 @@ async def open_context(
     Raises:
         PlacementError: A stage does not fit; nothing was placed.
     """
-    clear_stop(run.root)
+    if clear_requests(run.root):
+        run.events.record("scaling_dropped", reason="asked of an earlier driver; this one starts what the recipe says")
     object_store = config.ray.object_store_gib
     connect(
         config.ray.address,
@@ -306,7 +310,9 @@ async def open_context(
                 yield context
             finally:
                 watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
+                [ended] = await asyncio.gather(watch, return_exceptions=True)
+                if isinstance(ended, Exception):
+                    context.event("control_lost", error=repr(ended))
                 await context.close()
                 write_peak_memory(run, memory.stop())
     finally:

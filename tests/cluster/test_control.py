@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from cluster.control import SCALABLE, clear_stop, parse_scale, read_scale, request_scale, request_stop
+from cluster.control import (
+    SCALABLE,
+    ScaleRequests,
+    clear_requests,
+    parse_scale,
+    read_scale,
+    request_scale,
+    request_stop,
+)
 from rlhf.errors import ConfigError
 
 
@@ -55,10 +64,63 @@ def test_only_a_run_directory_takes_requests(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stop_is_asked_for_and_taken_back(run: Path) -> None:
-    clear_stop(run)
+def test_a_driver_starts_without_the_requests_of_an_earlier_one(run: Path) -> None:
+    assert not clear_requests(run)
     request_stop(run)
     assert (run / "control" / "stop").is_file()
-    clear_stop(run)
-    clear_stop(run)
+    assert not clear_requests(run)
     assert not (run / "control" / "stop").exists()
+    request_scale(run, {"generation": 3})
+    assert clear_requests(run)
+    assert read_scale(run) == {}
+
+
+class Events(list):
+    def __call__(self, kind: str, **fields: object) -> None:
+        self.append((kind, fields))
+
+
+def break_file(run: Path, text: str = "{") -> None:
+    path = run / "control" / "scale.json"
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, ns=(1, 1))  # another time than before, however coarse the clock
+
+
+def test_each_request_is_due_once_and_only_for_roles_that_run(run: Path) -> None:
+    requests = ScaleRequests(run, Events())
+    assert requests.due({"generation"}) == {}
+    request_scale(run, {"generation": 3, "judge": 2})
+    assert requests.due({"generation"}) == {"generation": 3}
+    assert requests.due({"generation"}) == {}
+    assert requests.replicas("judge", 1) == 2, "a fleet that starts later starts with what was asked for"
+    assert requests.replicas("scorer", 1) == 1
+    assert requests.due({"generation", "judge"}) == {"judge": 2}
+
+
+def test_what_could_not_be_met_is_not_asked_of_later_fleets_until_it_is_asked_again(run: Path) -> None:
+    events = Events()
+    requests = ScaleRequests(run, events)
+    request_scale(run, {"generation": 99})
+    assert requests.due({"generation"}) == {"generation": 99}
+    requests.refuse("generation", RuntimeError("no room"))
+    assert requests.replicas("generation", 1) == 1
+    assert events == [("scaling_failed", {"role": "generation", "error": "no room"})]
+    request_scale(run, {"generation": 99})
+    os.utime(run / "control" / "scale.json", ns=(2, 2))
+    assert requests.due({"generation"}) == {"generation": 99}
+
+
+def test_a_file_that_cannot_be_read_is_one_event_and_changes_nothing(run: Path) -> None:
+    events = Events()
+    requests = ScaleRequests(run, events)
+    request_scale(run, {"generation": 3})
+    assert requests.due({"generation"}) == {"generation": 3}
+    break_file(run)
+    for _ in range(3):
+        assert requests.due({"generation"}) == {}
+    assert requests.replicas("generation", 1) == 3
+    [(kind, fields)] = events
+    assert kind == "scaling_failed" and "scale.json" in fields["error"]
+    break_file(run, '{"generation": 2}')
+    os.utime(run / "control" / "scale.json", ns=(3, 3))
+    assert requests.due({"generation"}) == {"generation": 2}
