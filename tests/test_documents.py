@@ -95,7 +95,7 @@ def test_the_run_directory_document_follows_the_code():
         row = re.search(rf"^\| {name} \| \w+ \| (.*) \|$", text, flags=re.MULTILINE)
         assert row is not None
         assert re.sub(r"\([^)]*\)", "", row[1]).replace(" ", "").split(",") == schema.names
-    block = text.split("it is logged:")[1].split("Anything else")[0]
+    block = text.split("it is judged:")[1].split("Anything else")[0]
     assert set(block.split()) == set(RESUMABLE_KEYS)
 
 

@@ -2,12 +2,12 @@
 
 Layout::
 
-    config.yaml environment.json metrics.jsonl events.jsonl timings.json summary.json report.html
+    config.yaml environment.json metrics.jsonl events.jsonl timings.json memory.json summary.json report.html
     stages/NAME.json            a finished stage and its results
     rollouts/ verdicts/ rankings/ groups/ eval/     parquet
     checkpoints/STAGE/step_N/   see ``rlhf.runs.checkpoint``
-    policy/ reward_model/ policies/STAGE/   Hugging Face layout
-    tensorboard/STAGE/
+    policy/ reward_model/ STAGE/policy/   Hugging Face layout
+    tensorboard/STAGE/ ray_train/STAGE/ control/
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from rlhf.errors import ConfigError
 from rlhf.runs.environment import describe_environment
 from rlhf.runs.events import EventLog
 from rlhf.runs.files import TEMPORARY, read_json, write_json, write_text
+from rlhf.runs.names import is_stage_name
 from rlhf.runs.redact import redact
 
 RESUMABLE_KEYS = (
@@ -42,8 +42,6 @@ RESUMABLE_KEYS = (
     "**.keep_checkpoints",
     "**.*timeout_s",
     "run_dir",
-    "logging.**",
-    "placement.**",
     "roles.*.replicas",
     "roles.*.resources.**",
     "recorder.**",
@@ -51,11 +49,11 @@ RESUMABLE_KEYS = (
     "gate",
     "criteria.**",
 )
-"""Keys that may change when a run is resumed: how long, how often, where, how it is logged and judged in the end.
-``*`` stands for any text inside one part of a dotted key, ``**`` for any number of parts."""
+"""Keys that may change when a run is resumed: how long, how often, where, and how it is judged in the end. Nothing may
+change of a stage that is complete. ``*`` stands for any text inside one part of a dotted key, ``**`` for any number of
+parts."""
 
 _LOCK = ".lock"
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
 
 
 class RunDirectory:
@@ -84,7 +82,8 @@ class RunDirectory:
             root: The directory; new, empty or a run's.
             config: The resolved configuration.
             data: Data files by name; their fingerprints must not change over a run's life.
-            resumable: Patterns of keys that may differ from the config that the run was started with.
+            resumable: Patterns of keys that may differ from the config that the run was started with, but not of a
+                stage that is complete.
 
         Raises:
             ConfigError: Another live driver holds the run, it is not a run directory, or it is a run of another config
@@ -189,10 +188,6 @@ class RunDirectory:
         """TensorBoard's own files, one folder per stage."""
         return self.root / "tensorboard"
 
-    def policy_after(self, stage: str) -> Path:
-        """The policy as an earlier stage left it, for example after supervised fine-tuning."""
-        return self.root / "policies" / _checked(stage)
-
     def checkpoints(self, stage: str) -> Path:
         """Checkpoints of one stage."""
         return self.root / "checkpoints" / _checked(stage)
@@ -279,12 +274,25 @@ class RunDirectory:
         refused = [key for key in changes if not _matches_any(key, resumable)]
         if refused:
             raise _other_config(self.root, {key: changes[key] for key in refused})
+        self._check_complete(old, changes)
         before = read_json(self.environment)
         self._check_data(before.get("data", {}), environment["data"])
         if changes:
             write_text(self.config, to_yaml(new))
         packages = config_changes(before.get("packages", {}), environment["packages"])
         self.events.record("resumed", config_changes=changes, package_changes=packages)
+
+    def _check_complete(self, config: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """The record says what a finished stage did, so its settings stay what they were."""
+        for index, stage in enumerate(config.get("stages", [])):
+            late = {key: change for key, change in changes.items() if key.startswith(f"stages.{index}.")}
+            if late and self.is_complete(stage["name"]):
+                raise ConfigError(
+                    str(self.root),
+                    found=f"changes of stage {stage['name']}, which is complete:{_listed(late)}\n",
+                    needed="a complete stage's settings as they were",
+                    action="Put the values back, or set another run_dir to run the stage anew.",
+                )
 
     def _check_data(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         before, now = ({name: entry["blake2b"] for name, entry in side.items()} for side in (old, new))
@@ -295,7 +303,7 @@ class RunDirectory:
 
 def _checked(name: str) -> str:
     """A stage name becomes part of a path, so it must be a plain word."""
-    if not _NAME.match(name):
+    if not is_stage_name(name):
         action = "Use letters, digits, '-' and '_'."
         raise ConfigError("stage name", found=repr(name), needed="a plain word", action=action)
     return name
@@ -327,12 +335,15 @@ def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(key) and fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
 
 
-def _other_config(root: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
     lines = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in list(changes.items())[:20])
-    more = f"\n  and {len(changes) - 20} more" if len(changes) > 20 else ""
+    return lines + (f"\n  and {len(changes) - 20} more" if len(changes) > 20 else "")
+
+
+def _other_config(root: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
     return ConfigError(
         str(root),
-        found=f"a run of another config:{lines}{more}\n",
-        needed="the same values (only steps, logging, placement and the like may change on resume)",
+        found=f"a run of another config:{_listed(changes)}\n",
+        needed="the same values (only steps, timeouts, replicas and the like may change on resume)",
         action="Set another run_dir, or put the values back.",
     )

@@ -14,7 +14,7 @@ import yaml
 
 from rlhf.config import StrictModel, load_file, validate
 from rlhf.errors import ConfigError, DataError, RecordError
-from rlhf.runs.directory import RunDirectory, config_changes
+from rlhf.runs.directory import RESUMABLE_KEYS, RunDirectory, _matches_any, config_changes
 from rlhf.runs.environment import fingerprint, git_revision, package_versions
 from rlhf.runs.events import read_events
 
@@ -28,7 +28,7 @@ class Stage(StrictModel):
 class Config(StrictModel):
     seed: int = 0
     stages: tuple[Stage, ...] = (Stage(), Stage(name="sft"))
-    placement: dict[str, int] = {"learner": 1}
+    gate: str = "open"
     api_key: str = ""
     timeout_s: float = 5.0
 
@@ -57,12 +57,30 @@ def test_resumes_with_the_same_config(tmp_path: Path) -> None:
 
 def test_listed_keys_may_change_and_are_recorded(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
-    changed = Config(stages=(Stage(steps=99), Stage(name="sft")), placement={"learner": 4}, timeout_s=9.0)
+    changed = Config(stages=(Stage(steps=99), Stage(name="sft")), gate="exclusive", timeout_s=9.0)
     with opened(tmp_path / "run", changed) as run:
         assert validate(Config, load_file(run.config), "config") == changed
         event = read_events(run.events.path)[-1]
     assert event["config_changes"]["stages.0.steps"] == [10, 99]
-    assert set(event["config_changes"]) == {"stages.0.steps", "placement.learner", "timeout_s"}
+    assert set(event["config_changes"]) == {"stages.0.steps", "gate", "timeout_s"}
+
+
+def test_a_complete_stage_keeps_its_settings(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        run.complete("rl", {})
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path / "run", Config(stages=(Stage(steps=20), Stage(name="sft", steps=20))))
+    assert "stage rl, which is complete" in caught.value.found
+    assert "stages.0.steps: 10 -> 20" in caught.value.found and "stages.1" not in caught.value.found
+    assert caught.value.exit_code == 2
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    opened(tmp_path / "run", Config(stages=(Stage(), Stage(name="sft", steps=20)))).close()  # that one is still open
+
+
+@pytest.mark.parametrize("key", ["logging.level", "placement.learner"])
+def test_keys_that_no_recipe_has_are_not_listed_as_changeable(key: str) -> None:
+    assert not _matches_any(key, RESUMABLE_KEYS)
 
 
 def test_other_keys_are_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
