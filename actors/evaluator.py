@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from actors.store import Store, fetch_all, fetch_payload
-from rlhf.errors import DataError
 from rlhf.evaluation.bootstrap import resampled_by
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.evaluation.independent import VaderScorer, request_sign
+from rlhf.evaluation.instruments import Instruments
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.evaluation.reward_model import pair_accuracy
 from rlhf.runs import tables
-from rlhf.types import GroupHandle, Prompt, Ranking, RolloutGroup
+from rlhf.types import GroupHandle, Ranking, RolloutGroup
 
 Arms = Mapping[str, Sequence[GroupHandle]]
-"""Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` and, with a reward model,
-``reward_model``; ``annotations`` hold the start model's ``reference_log_probs``."""
+"""Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` with a judge and
+``reward_model`` with a reward model; ``annotations`` hold the start model's ``reference_log_probs``."""
 
 
 class EvaluatorWorker:
@@ -36,7 +37,11 @@ class EvaluatorWorker:
         self._run_dir = run_dir
         self._store = store
         self._config = config
-        self._scorer = VaderScorer()
+
+    @functools.cached_property
+    def _scorer(self) -> VaderScorer:
+        """Made when first needed: an evaluation without it does not need the package either."""
+        return VaderScorer()
 
     def start(self) -> None:
         """Answers when the worker is up."""
@@ -44,24 +49,25 @@ class EvaluatorWorker:
     def stop(self) -> None:
         """Nothing to give back."""
 
-    def evaluate(self, arms: Arms, num_samples: int) -> dict[str, Any]:
+    def evaluate(self, arms: Arms, num_samples: int, instruments: Instruments) -> dict[str, Any]:
         """Writes the table and returns ``EvalSummary`` as plain JSON.
 
         Args:
             arms: ``before`` may have more siblings than ``num_samples``: the first ones are the arm itself, and the
                 best of all of them by the reward model is the arm ``best_of_n``.
             num_samples: Completions per prompt in an arm.
+            instruments: What is measured.
         """
         rows: list[EvalCompletion] = []
         for arm, groups in arms.items():
             payloads = fetch_all(groups, self._store, fetch_payload, where="evaluator")
             for handle, group in zip(groups, payloads, strict=True):
-                siblings = self._rows(arm, handle, group)
+                siblings = self._rows(arm, handle, group, instruments)
                 rows += siblings[:num_samples]
                 if len(siblings) > num_samples:
                     rows += _best(siblings)
         tables.write_table(self._run_dir / "eval" / "completions.parquet", to_wide(rows), tables.EVAL)
-        return grade(rows, self._config).model_dump(mode="json")
+        return grade(rows, self._config, unmeasured=instruments.unmeasured).model_dump(mode="json")
 
     def judge_agreement(self, groups: Sequence[GroupHandle], rankings: Sequence[Ranking]) -> dict[str, float]:
         """Share of the ranked pairs that the independent scorer orders alike, as an ``Interval``; its ties count half.
@@ -74,7 +80,7 @@ class EvaluatorWorker:
         ranked = [handle for handle in groups if handle.uid in ranks_by_uid]
         scores, subjects = [], []
         for group in fetch_all(ranked, self._store, fetch_payload, where="evaluator"):
-            sign = request_sign(self._request(group.prompt), self._config.independent.request_signs)
+            sign = request_sign(group.prompt.fields.get(self._config.slice_field, ""), self._config.request_signs)
             texts = [rollout.completion.text for rollout in group.rollouts]
             scores.append([sign * value for value in self._scorer.score(texts)])
             subjects.append(group.prompt.fields.get(self._config.subject_field, ""))
@@ -82,21 +88,13 @@ class EvaluatorWorker:
         clusters = resampled_by(subjects, [handle.uid for handle in ranked])
         return pair_accuracy(scores, ranks, self._config.bootstrap, clusters).model_dump()
 
-    def _request(self, prompt: Prompt) -> str:
-        field = self._config.slice_field
-        if field not in prompt.fields:
-            raise DataError(
-                f"prompt {prompt.uid}",
-                found=f"no field {field!r}",
-                needed="the field that names its slice",
-                action="Add the column to the prompts, or name another one as slice_field.",
-            )
-        return prompt.fields[field]
-
-    def _rows(self, arm: str, handle: GroupHandle, group: RolloutGroup) -> list[EvalCompletion]:
+    def _rows(
+        self, arm: str, handle: GroupHandle, group: RolloutGroup, instruments: Instruments
+    ) -> list[EvalCompletion]:
         fields = group.prompt.fields
         reference = self._store.get(handle.annotations["reference_log_probs"])
-        compounds = self._scorer.score([rollout.completion.text for rollout in group.rollouts])
+        texts = [rollout.completion.text for rollout in group.rollouts]
+        compounds = self._scorer.score(texts) if "sentiment" in instruments else [None] * len(texts)
         rows = []
         for sample, rollout in enumerate(group.rollouts):
             completion = rollout.completion
@@ -109,7 +107,7 @@ class EvaluatorWorker:
                     sample=sample,
                     arm=arm,
                     prompt=tables.prompt_text(group.prompt),
-                    request=self._request(group.prompt),
+                    request=fields.get(self._config.slice_field, ""),
                     subject=fields.get(self._config.subject_field, ""),
                     keywords=fields.get(self._config.keywords_field, ""),
                     text=completion.text,

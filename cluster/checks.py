@@ -16,7 +16,6 @@ from rlhf.data.prompts import load_prompts
 from rlhf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from rlhf.evaluation.report_card import ReportCardConfig
     from rlhf.feedback.constitution import Constitution
     from rlhf.types import Prompt
 
@@ -71,7 +70,7 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
                 constitutions[name].sign_of(prompt)
     for stage in config.stages:
         _check_judging(stage, constitutions)
-        _check_grading(stage, prompts)
+        _check_grading(config, stage, prompts)
     return CheckedInputs(prompts, files, model)
 
 
@@ -199,28 +198,21 @@ def _check_judging(stage: Stage, constitutions: Mapping[str, Constitution]) -> N
         )
 
 
-def _check_grading(stage: Stage, prompts: Mapping[str, list[Prompt]]) -> None:
-    """The independent scorer is there, and every prompt that it will see says what was asked for."""
+def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[Prompt]]) -> None:
+    """Columns and signs that a stage grades by are there, and so is the independent scorer where it is used."""
     from rlhf.evaluation.independent import VaderScorer
+    from rlhf.evaluation.instruments import choose_instruments, require_signs
     from rlhf.evaluation.report_card import ReportCardConfig
 
+    where = f"stage {stage.name}"
     if isinstance(stage, EvaluateStage):
-        _check_requests(stage.name, prompts["evaluation"], stage.report_card)
-    elif isinstance(stage, FeedbackStage) and stage.measure_agreement and stage.source == "judge":
-        _check_requests(stage.name, prompts["train"][: stage.num_prompts or None], ReportCardConfig())
-    else:
-        return
-    VaderScorer()
-
-
-def _check_requests(stage: str, prompts: list[Prompt], card: ReportCardConfig) -> None:
-    signs = card.independent.request_signs
-    for prompt in prompts:
-        value = prompt.fields.get(card.slice_field)
-        if value not in signs:
-            raise DataError(
-                f"stage {stage}, prompt {prompt.uid}",
-                found=f"no field {card.slice_field!r}" if value is None else f"{card.slice_field} = {value!r}",
-                needed=f"{card.slice_field} in {sorted(signs)}",
-                action="Mend the row, or set report_card.slice_field and independent.request_signs of an evaluation.",
-            )
+        judged = config.constitutions.evaluation is not None
+        rewarded = any(isinstance(other, RewardStage) for other in config.stages)
+        chosen = choose_instruments(
+            prompts["evaluation"], stage.report_card, judged=judged, has_reward_model=rewarded, where=where
+        )
+        if "sentiment" in chosen:
+            VaderScorer()
+    elif isinstance(stage, FeedbackStage) and stage.measure_agreement:
+        require_signs(prompts["train"][: stage.num_prompts or None], ReportCardConfig(), where)
+        VaderScorer()

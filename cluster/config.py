@@ -18,6 +18,8 @@ from cluster.topology import SMALL_ROLES, Resources, RolePlan
 from rlhf.config import StrictModel, apply_overrides, load_file, validate
 from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
+from rlhf.models.resolve import anchor_model
+from rlhf.runs.names import RUN_FOLDERS, is_stage_name
 from rlhf.sampling import SamplingConfig
 
 Stage = Annotated[
@@ -43,7 +45,7 @@ class ConstitutionPaths(StrictModel):
     training: Path | None = None
     """Gives the verdicts that are learned from."""
     evaluation: Path | None = None
-    """Another wording, for the evaluation only."""
+    """Another wording, for the evaluation only; unset: the evaluation has no judge."""
 
 
 class RayConfig(StrictModel):
@@ -65,9 +67,10 @@ class RunConfig(StrictModel):
     seed: int = 0
     """Seed of everything random."""
     run_dir: Path | None = None
-    """Where the run is kept; unset: ``runs/NAME``."""
+    """Where the run is kept, from where the command is run; unset: ``runs/NAME``."""
     model: str
-    """The model to start from: a folder, a hub id, or ``package:NAME`` for a GGUF file in an installed package."""
+    """The model to start from: a folder (from the recipe's own, as all paths in it), a hub id, or ``package:NAME`` for
+    a GGUF file in an installed package."""
     max_sequence_tokens: int = Field(default=1024, ge=8)
     """Longest prompt and completion together; longer prompts are refused with their line."""
     sampling: SamplingConfig = SamplingConfig()
@@ -94,10 +97,7 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        names = [stage.name for stage in self.stages]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two stages named {twice[0]!r}: give one of them another name")
+        _check_names([stage.name for stage in self.stages])
         if self.sampling.max_tokens >= self.max_sequence_tokens:
             raise ValueError(f"max_sequence_tokens above sampling.max_tokens ({self.sampling.max_tokens})")
         if self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
@@ -153,17 +153,31 @@ def roles_of(config: RunConfig, stage: Stage) -> set[str]:
             return roles | ({"reference"} if penalised and stage.learner.model.adapter is None else set())
         case EvaluateStage():
             rewarded = any(isinstance(other, RewardStage) for other in config.stages)
-            roles = {"recorder", "generation", "judge", "reference", "evaluator"}
-            return roles | ({"scorer"} if rewarded else set())
+            roles = {"recorder", "generation", "reference", "evaluator"} | ({"scorer"} if rewarded else set())
+            return roles | ({"judge"} if config.constitutions.evaluation is not None else set())
         case _:
             return {"learner"}
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """A stage's name is part of paths, and its own folder lies in the run directory beside the run's."""
+    for name in names:
+        if not is_stage_name(name):
+            raise ValueError(f"a stage name of letters, digits, '-' and '_' instead of {name!r}")
+        if name in RUN_FOLDERS:
+            raise ValueError(f"another name for the stage {name!r}: the run directory has a folder of that name")
+        if names.count(name) > 1:
+            raise ValueError(f"two stages named {name!r}: give one of them another name")
 
 
 def _check_stage(config: RunConfig, stage: Stage) -> None:
     """Combinations that cannot work, found before anything is loaded."""
     needs: dict[str, bool] = {}
+    greedy = config.sampling.temperature == 0
     if isinstance(stage, FeedbackStage) and stage.source == "judge":
         needs = {"data.train": config.data.train is None, "constitutions.training": not config.constitutions.training}
+        if greedy:
+            raise ValueError(f"stage {stage.name}: sampling.temperature above 0, as siblings at 0 are all the same")
     if isinstance(stage, OnlineStage):
         evaluates = stage.loop.evaluate_every > 0
         judged = any(part.source == "judge" for part in stage.rewards)
@@ -175,11 +189,15 @@ def _check_stage(config: RunConfig, stage: Stage) -> None:
         }
         if stage.algorithm.name in ("grpo", "rloo") and stage.loop.num_samples < 2:
             raise ValueError(f"stage {stage.name}: loop.num_samples of at least 2 for {stage.algorithm.name}")
+        if stage.algorithm.name != "ppo" and stage.critic is not None:
+            raise ValueError(f"stage {stage.name}: no critic, as {stage.algorithm.name} has none; or algorithm ppo")
+        if stage.learner.model.path:
+            needed = "no learner.model.path: the policy is what the stages before left, or else the run's model"
+            raise ValueError(f"stage {stage.name}: {needed}")
+        if greedy:
+            raise ValueError(f"stage {stage.name}: sampling.temperature above 0, as a policy at 0 explores nothing")
     if isinstance(stage, EvaluateStage):
-        needs = {
-            f"data.{stage.split}": getattr(config.data, stage.split) is None,
-            "constitutions.evaluation": not config.constitutions.evaluation,
-        }
+        needs = {f"data.{stage.split}": getattr(config.data, stage.split) is None}
     missing = [key for key, is_missing in needs.items() if is_missing]
     if missing:
         raise ValueError(f"stage {stage.name} needs {missing[0]}")
@@ -202,6 +220,9 @@ def _check_batch(config: RunConfig, stage: Stage) -> None:
 def _check_order(stages: Sequence[Stage]) -> None:
     """What a stage learns from has to come from a stage before it."""
     ranked = judged = rewarded = False
+    for kind in ("feedback", "reward"):  # a second one would find the first one's rankings, or replace its model
+        if len(names := [stage.name for stage in stages if stage.kind == kind]) > 1:
+            raise ValueError(f"one {kind} stage in a run instead of {' and '.join(names)}: use a run for each")
     for stage in stages:
         needed = ""
         if isinstance(stage, FeedbackStage):
@@ -219,7 +240,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
 
 
 def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads a recipe. Paths inside it are relative to its folder and come out absolute.
+    """Reads a recipe. Paths inside it, but for ``run_dir``, are relative to its folder and come out absolute.
 
     Raises:
         ConfigError: The first fault, with file and key.
@@ -231,7 +252,7 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _anchored(config: RunConfig, base: Path) -> RunConfig:
-    """Makes the paths of data files and constitutions absolute, so that the kept config runs from anywhere."""
+    """Makes the paths of a recipe absolute, so that the kept config runs from anywhere."""
 
     def absolute(value: Path | None) -> Path | None:
         return None if value is None else (base / value).resolve()
@@ -241,17 +262,28 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
         for name in ("train", "validation", "evaluation")
         if (section := getattr(config.data, name)) is not None
     }
-    stages: list[Any] = []
-    for stage in config.stages:
-        if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
-            path = str(absolute(Path(stage.data.path)))
-            stage = stage.model_copy(update={"data": stage.data.model_copy(update={"path": path})})
-        stages.append(stage)
     constitutions = {name: absolute(getattr(config.constitutions, name)) for name in ("training", "evaluation")}
+    judge = config.roles.judge
+    if judge.model is not None:
+        judge = judge.model_copy(update={"model": anchor_model(judge.model, base)})
     return config.model_copy(
         update={
+            "model": anchor_model(config.model, base),
             "data": config.data.model_copy(update=data),
-            "stages": stages,
+            "stages": [_anchored_stage(stage, base) for stage in config.stages],
             "constitutions": config.constitutions.model_copy(update=constitutions),
+            "roles": config.roles.model_copy(update={"judge": judge}),
         }
     )
+
+
+def _anchored_stage(stage: Stage, base: Path) -> Stage:
+    update: dict[str, Any] = {}
+    if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
+        update["data"] = stage.data.model_copy(update={"path": str((base / stage.data.path).resolve())})
+    for part in ("learner", "critic"):
+        learner = getattr(stage, part, None)
+        if learner is not None and learner.model.path:
+            model = learner.model.model_copy(update={"path": anchor_model(learner.model.path, base)})
+            update[part] = learner.model_copy(update={"model": model})
+    return stage.model_copy(update=update)

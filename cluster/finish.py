@@ -83,7 +83,7 @@ def build_summary(config: RunConfig, run: RunDirectory) -> Summary:
         peak_memory_gib=peak,
         versions=versions,
         passed=passed,
-        notes=_notes(config),
+        notes=_notes(config) + results.get("evaluate", {}).get("notes", []),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -13,6 +13,7 @@ from rlhf.evaluation.report_card import ReportCardConfig
 
 if TYPE_CHECKING:
     from cluster.context import Policy, RunContext
+    from rlhf.evaluation.instruments import Instruments
     from rlhf.types import GroupHandle, Prompt, Score
 
 
@@ -28,7 +29,7 @@ class EvaluateStage(StrictModel):
     num_samples: int = Field(default=2, ge=1)
     """Completions per prompt and arm."""
     best_of: int = Field(default=4, ge=0)
-    """The baseline: the start model's best of this many by the reward model; 0 leaves it out."""
+    """The baseline: the start model's best of this many by the reward model; 0, or no reward model, leaves it out."""
     report_card: ReportCardConfig = ReportCardConfig()
     """Intervals, signs, and which columns name slice and subject."""
 
@@ -36,18 +37,25 @@ class EvaluateStage(StrictModel):
 async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, Any]:
     """Samples both models on ``data.evaluation``, scores them with every instrument and grades them."""
     from cluster.fleets import evaluator
+    from rlhf.evaluation.instruments import choose_instruments
 
     prompts = context.prompts(stage.split)
-    has_reward_model = (context.run.reward_model / "config.json").is_file()
-    drawn = max(stage.num_samples, stage.best_of) if has_reward_model else stage.num_samples
+    instruments = choose_instruments(
+        prompts,
+        stage.report_card,
+        judged=context.config.constitutions.evaluation is not None,
+        has_reward_model=(context.run.reward_model / "config.json").is_file(),
+        where=f"stage {stage.name}",
+    )
+    drawn = max(stage.num_samples, stage.best_of) if "reward_model" in instruments else stage.num_samples
     arms = {
         "before": await _sample(context, stage, context.start, prompts, drawn),
         "after": await _sample(context, stage, context.policy, prompts, stage.num_samples),
     }
-    measured = {arm: await _measure(context, stage, groups, has_reward_model) for arm, groups in arms.items()}
+    measured = {arm: await _measure(context, stage, groups, instruments) for arm, groups in arms.items()}
     worker = await evaluator(context, stage.report_card)
-    [report] = await worker.broadcast("evaluate", measured, stage.num_samples)
-    return {"eval": report}
+    [report] = await worker.broadcast("evaluate", measured, stage.num_samples, instruments)
+    return {"eval": report, "notes": instruments.notes()}
 
 
 async def _sample(
@@ -63,37 +71,38 @@ async def _sample(
 
 
 async def _measure(
-    context: RunContext, stage: EvaluateStage, groups: Sequence[GroupHandle], has_reward_model: bool
+    context: RunContext, stage: EvaluateStage, groups: Sequence[GroupHandle], instruments: Instruments
 ) -> list[GroupHandle]:
-    """Adds the judge's margin under the prompt kept for evaluation, the reward score and the start's log-probs."""
+    """Adds the start's log-probs and, where they measure, the judge's margin and the reward model's score."""
     from actors.roles import FleetJudge, FleetScorer
     from cluster.fleets import judge_fleet, reference_annotator, scorer_fleet
 
     gate = context.timed_gate(stage.name)
-    judge = FleetJudge(await judge_fleet(context), "evaluation", context.timings.add_tokens)
-    async with gate.hold("judge"):
-        margins = await judge.score(groups)
-    scores: list[tuple[Score, ...]] = [()] * len(groups)
-    if has_reward_model:
+    scored: dict[str, list[tuple[Score, ...]]] = {}
+    if "judge" in instruments:
+        judge = FleetJudge(await judge_fleet(context), "evaluation", context.timings.add_tokens)
+        async with gate.hold("judge"):
+            scored["judge_margin"] = await judge.score(groups)
+    if "reward_model" in instruments:
         scorer = FleetScorer("reward_model", await scorer_fleet(context), context.timings.add_tokens)
         async with gate.hold("scorer"):
-            scores = await scorer.score(groups)
+            scored["reward_model"] = await scorer.score(groups)
     annotator = await reference_annotator(context, context.start)
     async with gate.hold("reference"):
         annotated = await annotator.annotate(groups)
     return [
-        dataclasses.replace(group, scores=_join(judged, scored))
-        for group, judged, scored in zip(annotated, margins, scores, strict=True)
+        dataclasses.replace(group, scores=_join({name: scores[i] for name, scores in scored.items()}, group))
+        for i, group in enumerate(annotated)
     ]
 
 
-def _join(judged: Sequence[Score], scored: Sequence[Score]) -> tuple[Score, ...]:
+def _join(scored: Mapping[str, Sequence[Score]], group: GroupHandle) -> tuple[Score, ...]:
+    """One score per sibling that holds every measure that could be had as a component."""
     from rlhf.types import Score
 
     joined = []
-    for index, margin in enumerate(judged):
-        parts = {} if margin.value is None else {"judge_margin": margin.value}
-        if scored and (value := scored[index].value) is not None:
-            parts["reward_model"] = value
-        joined.append(Score(margin.value, parts, margin.error))
+    for sibling in range(len(group.completion_lengths)):
+        values = {name: scores[sibling].value for name, scores in scored.items()}
+        parts = {name: value for name, value in values.items() if value is not None}
+        joined.append(Score(None, parts, "an evaluation has measures and no score"))
     return tuple(joined)

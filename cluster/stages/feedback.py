@@ -42,8 +42,9 @@ class FeedbackStage(StrictModel):
     def _data_with_file(self) -> FeedbackStage:
         if (self.source == "file") != (self.data is not None):
             raise ValueError("data goes with source: file, and has to be given there")
-        if self.measure_agreement and self.source == "file":
-            raise ValueError("measure_agreement goes with source: judge")
+        told = [key for key in ("num_prompts", "measure_agreement") if getattr(self, key)]
+        if self.source == "file" and told:
+            raise ValueError(f"no {told[0]} with source: file, where no judge is asked")
         return self
 
 

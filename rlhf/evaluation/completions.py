@@ -24,8 +24,8 @@ class EvalCompletion:
         sample: Which of the prompt's completions, from 0.
         arm: One of ``ARMS``.
         prompt: What was asked, as text.
-        request: The slice, for example ``"scathing"``.
-        subject: What the text has to be about, for example ``"a heist"``.
+        request: The slice, for example ``"scathing"``; empty where the prompts name none.
+        subject: What the text has to be about, for example ``"a heist"``; empty where the prompt does not say.
         keywords: Stems that show that it is, separated by spaces; empty takes the subject's own words.
         text: The completion.
         num_tokens: Tokens of the completion, end-of-text included.

@@ -6,7 +6,7 @@ the numbers of ``summary.json`` again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pydantic import Field
 
@@ -36,16 +36,21 @@ class ReportCardConfig(StrictModel):
 
     bootstrap: BootstrapConfig = BootstrapConfig()
     """Intervals."""
-    independent: IndependentScorerConfig = IndependentScorerConfig()
-    """Which sign of sentiment each request asks for."""
+    independent: IndependentScorerConfig | None = IndependentScorerConfig()
+    """Which sign of sentiment each request asks for; null: whether requests are followed is not measured."""
     tie_margin: float = Field(default=0.0, ge=0.0)
     """Judge margins that differ by no more than this are a tie in the win rate."""
     slice_field: str = "request"
-    """Column of the prompts' data that names the slice."""
+    """Column of the prompts' data that names the slice; without it there are no slices."""
     subject_field: str = "subject"
-    """Column that names what a completion has to be about."""
+    """Column that names what a completion has to be about; without it, whether it is on topic is not measured."""
     keywords_field: str = "keywords"
     """Column with stems that show that it is; without it the subject's own words count."""
+
+    @property
+    def request_signs(self) -> Mapping[str, int]:
+        """Sign of sentiment by request; empty where following requests is not measured."""
+        return {} if self.independent is None else self.independent.request_signs
 
 
 class SliceSummary(StrictModel):
@@ -83,9 +88,9 @@ class EvalSummary(StrictModel):
     win_rate: Interval | None
     """Against the starting model by the judge's margin; None without margins."""
     slices: dict[str, SliceSummary]
-    """The same by slice of the request."""
+    """The same by slice of the request; empty where the prompts name none."""
     worst_slice: str
-    """Slice whose requests are followed least after training."""
+    """Slice whose requests are followed least after training; empty where that was not measured."""
     missing: dict[str, int]
     """Measures that could not be had, as ``arm.measure``; they are left out of the means."""
 
@@ -94,10 +99,10 @@ Measure = Callable[[EvalCompletion], float | None]
 
 
 def _measures(config: ReportCardConfig) -> dict[str, Measure]:
-    signs = config.independent.request_signs
+    signs = config.request_signs
 
     def follows(row: EvalCompletion) -> float | None:
-        return None if row.vader is None else float(follows_request(row.vader, row.request, signs))
+        return float(follows_request(row.vader, row.request, signs)) if signs and row.vader is not None else None
 
     return {
         "follows_request": follows,
@@ -117,12 +122,13 @@ _PER_TOKEN = ("kl_per_token", "nll_start")
 """Averaged over tokens and not over completions."""
 
 
-def grade(rows: Sequence[EvalCompletion], config: ReportCardConfig) -> EvalSummary:
+def grade(rows: Sequence[EvalCompletion], config: ReportCardConfig, *, unmeasured: Collection[str] = ()) -> EvalSummary:
     """Summarises an evaluation.
 
     Args:
         rows: Completions of all arms; ``before`` and ``after`` have the same prompts.
         config: Intervals, signs, ties.
+        unmeasured: Measures that nobody asked for: they are empty and do not count as missing.
 
     Raises:
         DataError: An arm is missing, or the arms have different prompts.
@@ -133,7 +139,7 @@ def grade(rows: Sequence[EvalCompletion], config: ReportCardConfig) -> EvalSumma
         found = ", ".join(f"{len(uids[arm])} prompts in {arm}" for arm in ARMS)
         needed, action = "the same prompts before and after", "Evaluate both models on one held-out split."
         raise DataError("evaluation", found=found, needed=needed, action=action)
-    slices = {name: _slice(part, config) for name, part in by_slice(rows, lambda row: row.request).items()}
+    slices = {name: _slice(part, config) for name, part in by_slice(rows, lambda row: row.request).items() if name}
     whole = _slice(rows, config)
     follows = {name: part.after["follows_request"] for name, part in slices.items() if "follows_request" in part.after}
     return EvalSummary(
@@ -146,16 +152,16 @@ def grade(rows: Sequence[EvalCompletion], config: ReportCardConfig) -> EvalSumma
         win_rate=whole.win_rate,
         slices=slices,
         worst_slice=worst_slice(follows) if follows else "",
-        missing=_missing(arms),
+        missing=_missing(arms, unmeasured),
     )
 
 
-def _missing(arms: Mapping[str, Sequence[EvalCompletion]]) -> dict[str, int]:
-    measures = ("vader", "judge_margin", "reward_model", "kl_per_token", "nll_start")
+def _missing(arms: Mapping[str, Sequence[EvalCompletion]], unmeasured: Collection[str]) -> dict[str, int]:
+    measures = {"vader", "judge_margin", "reward_model", "kl_per_token", "nll_start"} - set(unmeasured)
     counts = {
         f"{arm}.{name}": sum(getattr(row, name) is None for row in rows)
         for arm, rows in arms.items()
-        for name in measures
+        for name in sorted(measures)
     }
     return {name: count for name, count in counts.items() if count}
 

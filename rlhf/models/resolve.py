@@ -46,6 +46,17 @@ def resolve_model(reference: str) -> Path:
     return _from_hub(reference)
 
 
+def anchor_model(reference: str, base: Path) -> str:
+    """Makes a folder's name absolute, from ``base``; hub ids and packages stay as they are.
+
+    ``owner/name`` is a folder where there is one under ``base``, and a hub id otherwise.
+    """
+    if reference.startswith(PACKAGE_PREFIX):
+        return reference
+    path = base / Path(reference).expanduser()
+    return str(path.resolve()) if reference.startswith((".", "/", "~")) or path.exists() else reference
+
+
 def _check_folder(path: Path, reference: str) -> Path:
     if not path.is_dir():
         raise _missing(reference, "no such folder", "Check the path, or train the stage that writes it first.")

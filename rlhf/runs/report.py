@@ -140,11 +140,13 @@ def _evaluation(summary: Summary | None) -> str:
         by_slice.append(f"<tr><td>{_text(name)}{worst}</td>{cells}{_cell(part.win_rate)}</tr>")
     missing = ", ".join(f"{_text(name)}: {count}" for name, count in result.missing.items())
     note = f"<p class='quiet'>Measures that could not be had: {missing}.</p>" if missing else ""
+    slices = f"<h3>Follows the request, by slice</h3>{_table([*head, 'win rate'], by_slice)}" if by_slice else ""
+    drawn = charts.slices_chart(summary)
+    chart = f"<div class='card'>{drawn}</div>" if drawn else ""
     return (
         "<h2>Evaluation</h2>"
         f"<p class='quiet'>{result.num_prompts} held-out prompts; 95 % intervals, prompts resampled.</p>"
-        f"<div class='card'>{charts.slices_chart(summary)}</div><h3>All prompts</h3>{_table(head, rows)}"
-        f"<h3>Follows the request, by slice</h3>{_table([*head, 'win rate'], by_slice)}{note}"
+        f"{chart}<h3>All prompts</h3>{_table(head, rows)}{slices}{note}"
     )
 
 
@@ -168,9 +170,8 @@ def _samples(run: RunDirectory) -> str:
             f"{_number(side.judge_margin)}, reward {_number(side.reward_model)}</small></td>"
             for side in (before, after)
         )
-        rows.append(
-            f"<tr><td><span class='badge tag'>{_text(before.request)}</span><br>{_text(before.prompt)}</td>{cells}</tr>"
-        )
+        request = f"<span class='badge tag'>{_text(before.request)}</span><br>" if before.request else ""
+        rows.append(f"<tr><td>{request}{_text(before.prompt)}</td>{cells}</tr>")
     note = f"<p class='quiet'>The first {SAMPLES_PER_SLICE} prompts of each slice, first completion; not chosen.</p>"
     return f"<h2>Samples</h2>{note}{_table(['prompt', 'before', 'after'], rows, numeric=False)}"
 

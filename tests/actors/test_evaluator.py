@@ -1,41 +1,117 @@
-"""The evaluator's view of prompts: a request that it cannot place is named, with its prompt."""
+"""The evaluator and the rules' worker on groups that lie in the process itself."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import actors.evaluator
 from actors.evaluator import EvaluatorWorker
+from actors.rules import RulesWorker
 from actors.store import LocalStore
-from rlhf.errors import ConfigError, DataError, RlhfError
-from rlhf.evaluation.report_card import ReportCardConfig
-from rlhf.types import Completion, GroupHandle, Prompt, Ranking, Rollout, RolloutGroup, VersionSpan
+from rlhf.errors import ConfigError
+from rlhf.evaluation.bootstrap import BootstrapConfig
+from rlhf.evaluation.completions import from_wide
+from rlhf.evaluation.instruments import RESULTS, Instruments
+from rlhf.evaluation.report_card import ReportCardConfig, grade
+from rlhf.rewards.rules import NonEmptyRule, RepetitionRule
+from rlhf.runs.tables import read_table
+from rlhf.types import Completion, GroupHandle, Message, Prompt, Ranking, Rollout, RolloutGroup, Score, VersionSpan
+
+CARD = ReportCardConfig(bootstrap=BootstrapConfig(num_resamples=100))
+ALL = Instruments({})
+NONE = Instruments(dict.fromkeys(RESULTS, "not here"))
+PRAISE, SCORN = "I loved this wonderful film.", "An awful, boring disaster."
 
 
-def group(uid: str, fields: dict[str, str]) -> GroupHandle:
-    texts = ["a wonderful, great film", "a terrible, awful film"]
-    ids, log_probs = np.array([5], np.int32), np.zeros(1, np.float32)
-    rollouts = tuple(Rollout(Completion(ids, log_probs, text, "stop", (VersionSpan(0, 0, 1),))) for text in texts)
-    return GroupHandle(uid, RolloutGroup(Prompt(uid, (), (1,), fields), rollouts), 1, (1, 1), (0, 0))
+def group(
+    uid: str, texts: Sequence[str], fields: dict[str, str], scores: Sequence[dict[str, float]] = ()
+) -> GroupHandle:
+    """Two tokens per completion; log-probs -1 and -2, under the start -2 and -4."""
+    prompt = Prompt(uid, (Message("user", "Write a review."),), (5, 6, 7), fields)
+    own, start = np.array([-1.0, -2.0], np.float32), np.array([-2.0, -4.0], np.float32)
+    ids = np.array([9, 10], np.int32)
+    rollouts = tuple(Rollout(Completion(ids, own, text, "stop", (VersionSpan(0, 0, 2),))) for text in texts)
+    handle = GroupHandle(uid, RolloutGroup(prompt, rollouts), 3, (2,) * len(texts), (0, 0))
+    return dataclasses.replace(
+        handle,
+        annotations={"reference_log_probs": tuple(start for _ in texts)},
+        scores=tuple(Score(None, parts, "measures") for parts in scores or [{}] * len(texts)),
+    )
 
 
-def test_agreement_goes_by_what_was_asked(tmp_path: Path) -> None:
-    worker = EvaluatorWorker(tmp_path, LocalStore(), ReportCardConfig())
-    groups = [group("praise", {"request": "enthusiastic"}), group("scorn", {"request": "scathing"})]
-    rankings = [Ranking("praise", (1, 2)), Ranking("scorn", (2, 1))]
-    assert worker.judge_agreement(groups, rankings)["mean"] == 1.0
-    assert worker.judge_agreement(groups, [Ranking("praise", (2, 1))])["mean"] == 0.0
+def test_completions_are_measured_written_and_graded(tmp_path: Path) -> None:
+    fields = {"request": "scathing", "subject": "a film"}
+    margins = [{"judge_margin": 1.0, "reward_model": value} for value in (0.1, 0.2, 0.9)]
+    arms = {
+        "before": [group("p/0", [PRAISE, PRAISE, SCORN], fields, margins)],
+        "after": [group("p/0", [SCORN, SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}] * 2)],
+    }
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 2, ALL)
+    rows = from_wide(read_table(tmp_path / "eval" / "completions.parquet"))
+    assert grade(rows, CARD).model_dump(mode="json") == report, "the table holds all that the summary is made of"
+    assert report["num_completions"] == {"before": 2, "after": 2, "best_of_n": 1}
+    assert report["before"]["follows_request"]["mean"] == 0.0
+    assert report["after"]["follows_request"]["mean"] == report["best_of_n"]["follows_request"]["mean"] == 1.0
+    assert report["best_of_n"]["reward_model"]["mean"] == 0.9, "the best sibling, though it is not of the arm itself"
+    assert report["after"]["kl_per_token"]["mean"] == pytest.approx(1.5)
+    assert report["after"]["nll_start"]["mean"] == pytest.approx(3.0)
+    assert report["win_rate"]["mean"] == 1.0 and report["worst_slice"] == "scathing"
+    assert report["missing"] == {}
 
 
-@pytest.mark.parametrize(
-    ("fields", "kind", "found"),
-    [({}, DataError, "prompt p0.*no field 'request'"), ({"request": "polite"}, ConfigError, "request 'polite'")],
-)
-def test_a_request_that_nobody_knows_is_named(
-    tmp_path: Path, fields: dict[str, str], kind: type[RlhfError], found: str
+def test_a_measure_that_could_not_be_had_is_missing_and_no_number(tmp_path: Path) -> None:
+    fields = {"request": "scathing"}
+    arms = {
+        "before": [group("p/0", [PRAISE], fields, [{"reward_model": 0.1}])],
+        "after": [group("p/0", [SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}])],
+    }
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, ALL)
+    assert report["missing"] == {"before.judge_margin": 1}
+    assert "judge_margin" not in report["before"] and report["win_rate"] is None
+
+
+def test_bare_prompts_are_measured_without_the_independent_scorer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = EvaluatorWorker(tmp_path, LocalStore(), ReportCardConfig())
-    with pytest.raises(kind, match=found):
-        worker.judge_agreement([group("p0", fields)], [Ranking("p0", (1, 2))])
+    def absent() -> None:
+        raise ConfigError("evaluation", found="no package", needed="vaderSentiment", action="Install it.")
+
+    monkeypatch.setattr(actors.evaluator, "VaderScorer", absent)
+    arms = {"before": [group("p/0", [PRAISE], {})], "after": [group("p/0", [SCORN], {})]}
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, NONE)
+    assert {"kl_per_token", "nll_start", "length", "distinct_2"} <= set(report["after"])
+    assert not {"follows_request", "judge_margin", "reward_model", "on_topic"} & set(report["after"])
+    assert report["slices"] == {} and report["missing"] == {} and report["best_of_n"] == {}
+    with pytest.raises(ConfigError, match="vaderSentiment"):
+        EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, ALL)
+
+
+def test_agreement_counts_ranked_pairs_in_the_direction_of_the_request(tmp_path: Path) -> None:
+    worker = EvaluatorWorker(tmp_path, LocalStore(), CARD)
+    groups = [
+        group(f"p/{i}", [PRAISE, SCORN], {"request": request})
+        for i, request in enumerate(("enthusiastic", "scathing", "scathing", "scathing"))
+    ]
+    agreeing = [Ranking("p/0", (1, 2), "judge"), Ranking("p/1", (2, 1), "judge")]
+    assert worker.judge_agreement(groups, agreeing)["mean"] == 1.0
+    assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (1, 2), "judge")])["mean"] == pytest.approx(2 / 3)
+    assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (None, 1), "judge")])["mean"] == 1.0
+    polite = group("p/4", [PRAISE, SCORN], {"request": "polite"})
+    with pytest.raises(ConfigError, match="no sign for the request 'polite'"):
+        worker.judge_agreement([polite], [Ranking("p/4", (1, 2), "judge")])
+
+
+def test_rules_score_every_sibling_of_every_group() -> None:
+    worker = RulesWorker([NonEmptyRule(rule="non_empty", weight=2.0), RepetitionRule(rule="repetition")], LocalStore())
+    worker.start()
+    first, second = worker.score([group("p/0", ["so so so so", ""], {}), group("p/1", [PRAISE], {})])
+    assert [score.components["non_empty"] for score in (*first, *second)] == [1.0, 0.0, 1.0]
+    assert first[0].value == pytest.approx(2.0 + first[0].components["repetition"])
+    assert first[0].components["repetition"] < 0.0
+    assert second[0].value == pytest.approx(2.0)
+    worker.stop()

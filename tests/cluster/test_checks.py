@@ -124,7 +124,7 @@ def test_a_good_recipe_passes(folder: Path, tiny_model_dir: Path, capsys) -> Non
     [
         ("model",),
         ("roles", "judge", "model"),
-        *(("stages", index, "learner", "model", "path") for index in (1, 2, 3, 4)),
+        *(("stages", index, "learner", "model", "path") for index in (1, 2, 3)),
     ],
     ids=lambda keys: ".".join(map(str, keys)),
 )
@@ -146,7 +146,7 @@ def test_a_critics_model_is_looked_for_too(folder: Path, tiny_model_dir: Path, c
 
 def test_a_model_that_an_earlier_stage_writes_need_not_be_there_yet(folder: Path, tiny_model_dir: Path, capsys) -> None:
     recipe = good(folder, tiny_model_dir)
-    recipe["stages"][4]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")
+    recipe["stages"][3]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")
     assert outcome(folder, recipe, capsys) == (0, "")
     recipe["stages"][1]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")  # written after it
     code, error = outcome(folder, recipe, capsys)
@@ -216,7 +216,11 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "a request that the independent scorer does not know": (
         put("stages", 5, "report_card", value={"slice_field": "genre"}),
-        "stage evaluate, prompt p/0: found no field 'genre'",
+        "stage evaluate: report_card.slice_field, prompt p/0: found no 'genre'",
+    ),
+    "a request that has no sign beside others that have": (
+        put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}}),
+        "stage evaluate, prompt p/0: found request = 'enthusiastic'; needed request in ['scathing']",
     ),
     "agreement of a pairwise judge": (
         both(pairwise, put("stages", 0, "measure_agreement", value=True)),
@@ -244,6 +248,31 @@ def test_bad_input_is_refused_before_anything_starts(case: str, folder: Path, ti
     assert said in error
     assert len(error.splitlines()) == 1 and "Traceback" not in error
     assert not (folder / "run").exists(), "a refused recipe leaves no run directory"
+
+
+def test_people_need_no_judge_and_their_prompts_no_request(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    write("bare.jsonl", json.dumps({"prompt": "Write."}))(recipe, folder)
+    recipe["data"] = {name: {"path": "bare.jsonl"} for name in ("train", "evaluation")}
+    del recipe["constitutions"]
+    recipe["stages"][0] = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
+    recipe["stages"][4]["rewards"] = [{"source": "reward_model"}]
+    assert outcome(folder, recipe, capsys) == (0, "")
+
+
+def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    write("bare.jsonl", json.dumps({"prompt": "Write."}))(recipe, folder)
+    recipe["data"]["train"]["path"] = recipe["data"]["validation"]["path"] = "bare.jsonl"
+    constitution = folder / recipe["constitutions"]["training"]
+    text = constitution.read_text(encoding="utf-8")
+    unsigned = "\n".join(line for line in text.splitlines() if not line.startswith("sign:"))
+    (folder / "unsigned.yaml").write_text(unsigned, encoding="utf-8")
+    recipe["constitutions"]["training"] = "unsigned.yaml"
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "stage feedback, prompt bare/00000: found no 'request'" in error) == (2, True), error
+    recipe["stages"][0]["measure_agreement"] = False
+    assert outcome(folder, recipe, capsys) == (0, "")
 
 
 def test_the_tokenizer_of_a_stages_own_model_reads_its_file(folder: Path, tiny_model_dir: Path, capsys) -> None:

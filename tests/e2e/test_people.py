@@ -1,7 +1,8 @@
-"""From a file of people's preferences to PPO, on real engines: the judge is left out."""
+"""From a file of people's preferences to PPO and its evaluation, on real engines: there is no judge anywhere."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +16,9 @@ from tests.e2e import recipes
 @pytest.mark.timeout(1500)
 def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     recipes.write_data(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    bare = [{"prompt": row["prompt"]} for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, bare)), encoding="utf-8")
     stages = [
         {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}},
         {"kind": "reward", "learner": recipes.learner(), "loop": {"epochs": 4, "groups_per_step": 8}},
@@ -26,8 +30,11 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
             "rewards": [{"source": "reward_model"}],
             "loop": {"steps": 3, "prompts_per_step": 8, "num_samples": 2, "evaluate_every": 2},
         },
+        {"kind": "evaluate", "num_samples": 1, "best_of": 2},
     ]
-    recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, stages))
+    document = recipes.base(tmp_path, tiny_model_dir, stages)
+    del document["constitutions"]
+    recipe = recipes.write_recipe(tmp_path, document)
     assert recipes.run(recipe) == 0, recipes.log_of(recipe)
     run = tmp_path / "run"
 
@@ -43,6 +50,18 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert {span["version"] for row in rows for span in row["version_spans"]} == {0, 1, 2}
     AutoModelForCausalLM.from_pretrained(run / "policy")
     AutoModelForSequenceClassification.from_pretrained(run / "reward_model")
+
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    measured = {"reward_model", "kl_per_token", "nll_start", "length", "distinct_2"}
+    for arm in ("before", "after", "best_of_n"):
+        assert measured <= summary["eval"][arm].keys()
+        assert not {"follows_request", "judge_margin", "on_topic"} & summary["eval"][arm].keys()
+    assert summary["eval"]["num_prompts"] == 16
+    assert (summary["eval"]["win_rate"], summary["eval"]["slices"], summary["eval"]["missing"]) == (None, {}, {})
+    told = " ".join(summary["notes"])
+    assert all(name in told for name in ("follows_request", "win_rate", "slices", "on_topic"))
+    roles = {json.loads(line).get("role") for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()}
+    assert "generation" in roles and "judge" not in roles
 
     before = recipes.log_of(recipe)
     assert recipes.run(recipe, timeout_s=60) == 0
