@@ -48,7 +48,6 @@ class OfflineJob:
         max_sequence_tokens: Longest prompt and completion together.
         seed: Of split and order.
         threads: Compute threads of a rank; None takes all cores of its node.
-        accelerator: ``cpu`` or ``cuda``.
     """
 
     kind: str
@@ -65,7 +64,6 @@ class OfflineJob:
     max_sequence_tokens: int
     seed: int
     threads: int | None
-    accelerator: str
 
     @property
     def stop_request(self) -> Path:

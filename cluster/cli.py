@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("judge-eval", help="measure the judge of a config on hand-labelled texts")
     _config_arguments(judge)
-    judge.add_argument("--data", type=Path, required=True, help="JSONL with text and label (positive, negative)")
+    judge.add_argument("--data", type=Path, required=True, help="rows with text and label (positive, mixed, negative)")
 
     commands.add_parser("doctor", help="what this machine can run, and what is wrong with it")
     return parser

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("rlhf", "actors", "cluster")  # each may import itself and those before it
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 420, 65
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Third-party packages that a core file may import while it is being imported.
 LIGHT = {"torch", "numpy", "pydantic", "yaml"}

@@ -109,7 +109,6 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         max_sequence_tokens=context.config.max_sequence_tokens,
         seed=context.config.seed,
         threads=context.config.roles.learner.resources.threads,
-        accelerator=context.accelerator,
     )
     async with context.timed_gate(stage.name).hold("learner"):
         await _fit(context, job)

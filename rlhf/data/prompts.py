@@ -46,8 +46,6 @@ class PromptDataConfig(StrictModel):
     """``chat``: the tokenizer's chat template. ``plain``: the bare text, for models without one."""
     limit: int | None = Field(default=None, ge=1)
     """Keeps only the first so many rows."""
-    shuffle_seed: int | None = None
-    """Shuffles every epoch anew from this seed; without it each epoch keeps the file's order."""
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptDataConfig:

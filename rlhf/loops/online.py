@@ -64,7 +64,7 @@ class StepRewards(RewardSource, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OnlineRoles:
-    """The roles of one run. ``annotators`` and ``learners`` act in order; the first learner is the policy."""
+    """The roles of one run. ``annotators`` and ``learners`` act in order; a critic learns before the policy."""
 
     prompts: PromptSource
     generator: Generator
