@@ -12,8 +12,8 @@ import numpy as np
 from actors.store import Store, fetch_all, fetch_payload
 from rlhf.evaluation.bootstrap import resampled_by
 from rlhf.evaluation.completions import EvalCompletion, to_wide
-from rlhf.evaluation.independent import VaderScorer, request_sign
-from rlhf.evaluation.instruments import Instruments
+from rlhf.evaluation.independent import VaderScorer
+from rlhf.evaluation.instruments import Instruments, require_signs
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.evaluation.reward_model import pair_accuracy
 from rlhf.runs import tables
@@ -80,7 +80,8 @@ class EvaluatorWorker:
         ranked = [handle for handle in groups if handle.uid in ranks_by_uid]
         scores, subjects = [], []
         for group in fetch_all(ranked, self._store, fetch_payload, where="evaluator"):
-            sign = request_sign(group.prompt.fields.get(self._config.slice_field, ""), self._config.request_signs)
+            require_signs([group.prompt], self._config, "judge's agreement")
+            sign = self._config.request_signs[group.prompt.fields[self._config.slice_field]]
             texts = [rollout.completion.text for rollout in group.rollouts]
             scores.append([sign * value for value in self._scorer.score(texts)])
             subjects.append(group.prompt.fields.get(self._config.subject_field, ""))

@@ -116,7 +116,7 @@ async def reference_annotator(context: RunContext, policy: Policy) -> FleetAnnot
         "dtype": role.dtype,
         "threads": role.resources.threads,
         "max_tokens_per_batch": role.max_tokens_per_batch,
-        "temperature": context.config.sampling.log_prob_temperature,
+        "temperature": context.config.sampling.temperature,
     }
     fleet = await context.fleet("reference", ReferenceWorker, kwargs)
     return FleetAnnotator(fleet, context.timings.add_tokens)

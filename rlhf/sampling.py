@@ -27,11 +27,6 @@ class SamplingConfig(StrictModel):
     ignore_eos: bool = False
     """Go on after end-of-text up to ``max_tokens``; for benchmarks, where every completion has the same length."""
 
-    @property
-    def log_prob_temperature(self) -> float:
-        """The temperature of the distribution that log-probs are reported of."""
-        return self.temperature or 1.0
-
     @model_validator(mode="after")
     def _check_lengths(self) -> SamplingConfig:
         if self.min_tokens > self.max_tokens:

@@ -13,7 +13,7 @@ import actors.evaluator
 from actors.evaluator import EvaluatorWorker
 from actors.rules import RulesWorker
 from actors.store import LocalStore
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.bootstrap import BootstrapConfig
 from rlhf.evaluation.completions import from_wide
 from rlhf.evaluation.instruments import RESULTS, Instruments
@@ -101,9 +101,15 @@ def test_agreement_counts_ranked_pairs_in_the_direction_of_the_request(tmp_path:
     assert worker.judge_agreement(groups, agreeing)["mean"] == 1.0
     assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (1, 2), "judge")])["mean"] == pytest.approx(2 / 3)
     assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (None, 1), "judge")])["mean"] == 1.0
-    polite = group("p/4", [PRAISE, SCORN], {"request": "polite"})
-    with pytest.raises(ConfigError, match="no sign for the request 'polite'"):
-        worker.judge_agreement([polite], [Ranking("p/4", (1, 2), "judge")])
+
+
+@pytest.mark.parametrize(("fields", "found"), [({}, "no 'request'"), ({"request": "polite"}, "request = 'polite'")])
+def test_agreement_names_the_prompt_whose_request_has_no_sign(
+    tmp_path: Path, fields: dict[str, str], found: str
+) -> None:
+    worker = EvaluatorWorker(tmp_path, LocalStore(), CARD)
+    with pytest.raises(DataError, match=f"prompt p/4: found {found}"):
+        worker.judge_agreement([group("p/4", [PRAISE, SCORN], fields)], [Ranking("p/4", (1, 2), "judge")])
 
 
 def test_rules_score_every_sibling_of_every_group() -> None:

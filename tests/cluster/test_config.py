@@ -111,10 +111,9 @@ def test_the_evaluation_has_a_judge_where_it_has_a_constitution() -> None:
     assert roles_of(config, config.stages[0]) == {"recorder", "generation", "reference", "evaluator"}
 
 
-def test_greedy_sampling_may_be_evaluated_and_its_log_probs_are_those_at_1() -> None:
+def test_greedy_sampling_may_be_evaluated() -> None:
     config = validate(RunConfig, recipe({"kind": "evaluate"}, sampling={"temperature": 0.0}), "test")
-    assert config.sampling.log_prob_temperature == 1.0
-    assert config.sampling.model_copy(update={"temperature": 0.7}).log_prob_temperature == 0.7
+    assert config.sampling.temperature == 0.0
 
 
 # Paths
