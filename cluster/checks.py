@@ -64,8 +64,9 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     tokenizer = load_tokenizer(str(model))
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
     _check_stage_data(config, tokenizer, folders)
-    for name, purposes in {"training": ("train", "validation"), "evaluation": ("evaluation",)}.items():
-        for purpose in purposes if name in constitutions else ():
+    evaluated: set[str] = {stage.split for stage in config.stages if isinstance(stage, EvaluateStage)}
+    for name, purposes in {"training": {"train", "validation"}, "evaluation": evaluated}.items():
+        for purpose in sorted(purposes) if name in constitutions else ():
             for prompt in prompts.get(purpose, []):
                 constitutions[name].sign_of(prompt)
     for stage in config.stages:
@@ -209,7 +210,7 @@ def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[P
         judged = config.constitutions.evaluation is not None
         rewarded = any(isinstance(other, RewardStage) for other in config.stages)
         chosen = choose_instruments(
-            prompts["evaluation"], stage.report_card, judged=judged, has_reward_model=rewarded, where=where
+            prompts[stage.split], stage.report_card, judged=judged, has_reward_model=rewarded, where=where
         )
         if "sentiment" in chosen:
             VaderScorer()

@@ -219,24 +219,28 @@ def _check_batch(config: RunConfig, stage: Stage) -> None:
 
 def _check_order(stages: Sequence[Stage]) -> None:
     """What a stage learns from has to come from a stage before it."""
-    ranked = judged = rewarded = False
+    ranked = rewarded = False
     for kind in ("feedback", "reward"):  # a second one would find the first one's rankings, or replace its model
         if len(names := [stage.name for stage in stages if stage.kind == kind]) > 1:
             raise ValueError(f"one {kind} stage in a run instead of {' and '.join(names)}: use a run for each")
     for stage in stages:
         needed = ""
         if isinstance(stage, FeedbackStage):
-            ranked, judged = True, judged or stage.source == "judge"
-        elif isinstance(stage, RewardStage | PreferenceStage) and not ranked:
+            ranked = True
+        elif _learns_from_rankings(stage) and not ranked:
             needed = "a feedback stage before it"
-        elif isinstance(stage, SupervisedStage) and stage.source == "feedback" and not judged:
-            needed = "a feedback stage with source: judge before it"
         elif isinstance(stage, OnlineStage) and not rewarded:
             learned = any(part.source == "reward_model" for part in stage.rewards)
             needed = "a reward stage before it, or rewards without reward_model" if learned else ""
         if needed:
             raise ValueError(f"stage {stage.name} needs {needed}")
         rewarded = rewarded or isinstance(stage, RewardStage)
+
+
+def _learns_from_rankings(stage: Stage) -> bool:
+    if isinstance(stage, SupervisedStage):
+        return stage.source == "feedback"
+    return isinstance(stage, RewardStage | PreferenceStage)
 
 
 def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -52,7 +52,6 @@ def job(tmp_path: Path) -> OfflineJob:
         max_sequence_tokens=64,
         seed=0,
         threads=1,
-        accelerator="cpu",
     )
 
 

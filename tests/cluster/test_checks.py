@@ -176,16 +176,6 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "reward before feedback": (drop_stage(0), "stage reward needs a feedback stage before it"),
     "reward model without its stage": (drop_stage(1), "stage rl needs a reward stage before it"),
-    "sft on people's feedback": (
-        put(
-            "stages",
-            value=[
-                {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}},
-                {"kind": "sft", "source": "feedback"},
-            ],
-        ),
-        "stage sft needs a feedback stage with source: judge before it",
-    ),
     "engine longer than its model": (
         put("roles", "judge", "engine", "max_model_len", value=4096),
         "roles.judge.engine.max_model_len: found 4096; needed at most 512",

@@ -53,6 +53,7 @@ def refusal(document: dict[str, Any]) -> str:
             {"kind": "evaluate"},
         ],
         [PEOPLE, {"kind": "reward"}, {"kind": "preference"}, {"kind": "evaluate"}],
+        [PEOPLE, {"kind": "sft", "source": "feedback"}, {"kind": "evaluate", "split": "validation"}],
         [JUDGED, {"kind": "sft", "source": "feedback"}, {"kind": "sft", "name": "again", "source": "feedback"}],
         [rl({"num_samples": 1}, algorithm={"name": "ppo"}, critic={}), {"kind": "evaluate"}],
         [rl(algorithm={"name": "grpo", "num_mini_batches": 4})],

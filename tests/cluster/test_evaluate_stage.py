@@ -48,7 +48,7 @@ class LocalFleet:
         return [self._methods[method](*args)]
 
 
-def drawn(prompts: Sequence[Prompt], num_samples: int, version: int) -> list[GroupHandle]:
+def drawn(prompts: Sequence[Prompt], num_samples: int, version: int, *_: Any) -> list[GroupHandle]:
     ids, own = np.array([9, 10], np.int32), np.array([-1.0, -2.0], np.float32)
     groups = []
     for prompt in prompts:

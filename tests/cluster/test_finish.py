@@ -108,6 +108,7 @@ def test_a_run_for_people_names_what_its_evaluation_left_out(
         "evaluate": bare_evaluation(),
     }
     run = finished(tmp_path / "run", config, results)
+    (run.root / "sft" / "policy").mkdir(parents=True)
     summarise(config, run.root)
     summary = read_summary(run.summary)
     assert summary.eval is not None
