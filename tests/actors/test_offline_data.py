@@ -75,7 +75,6 @@ def make_job(folder: Path, kind: str, **changes: Any) -> OfflineJob:
         max_sequence_tokens=200,
         seed=3,
         threads=1,
-        accelerator="cpu",
     )
     return dataclasses.replace(job, **changes)
 
