@@ -41,7 +41,8 @@ async def await_ref(ref: Any, *, timeout_s: float, where: str) -> Any:
         RlhfError: What the worker raised.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+        async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can swallow the cancellation of its caller
+            return await asyncio.wrap_future(ref.future())
     except exceptions.RayError as error:  # before TimeoutError: a worker may have raised one of those itself
         raise classify(error, where) from error
     except TimeoutError:
@@ -55,7 +56,8 @@ async def stream(refs: Any, *, timeout_s: float, where: str) -> AsyncIterator[An
     while True:
         left = deadline - asyncio.get_running_loop().time()
         try:
-            ref = await asyncio.wait_for(anext(iterator), max(left, 0.0))
+            async with asyncio.timeout(max(left, 0.0)):
+                ref = await anext(iterator)
         except StopAsyncIteration:
             return
         except exceptions.RayError as error:

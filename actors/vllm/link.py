@@ -84,7 +84,8 @@ class EngineLink:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return await asyncio.wait_for(call, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can swallow the cancellation of its caller
+                return await call
         except TimeoutError:
             raise self.deadline(what, timeout_s) from None
         except EngineDeadError as error:
