@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.groups import best_completions, groups_from_feedback, read_groups, split_held_out, write_groups
@@ -42,6 +42,7 @@ def test_what_feedback_leaves_comes_back(tmp_path: Path) -> None:
     assert [ids.tolist() for ids in second.completion_ids] == [[5, 6], [5, 6]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["", "sea", "heist", "storm", "train"]), min_size=2, max_size=60),
     st.floats(0.01, 0.9),
