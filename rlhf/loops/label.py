@@ -94,12 +94,12 @@ async def _judge_chunk(roles: LabelRoles, config: LabelConfig, chunk: int, group
     """Judges, ranks and writes one chunk; returns its missing verdicts. May be repeated."""
     async with roles.gate.hold("judge"):
         verdicts = await roles.judge.judge(groups)
-    missing = sum(verdict.value is None for given in verdicts for verdict in given)
+    errors = [verdict.error for given in verdicts for verdict in given if verdict.value is None]
     total = sum(len(given) for given in verdicts)
-    check_missing(missing, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
+    check_missing(errors, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
     rankings = [
         roles.rank(group.uid, len(group.completion_lengths), given)
         for group, given in zip(groups, verdicts, strict=True)
     ]
     await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
-    return missing
+    return len(errors)

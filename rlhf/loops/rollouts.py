@@ -164,8 +164,8 @@ class StepRollouts(Rollouts):
         for place, siblings in zip(places, scores, strict=True):
             self.groups[place] = dataclasses.replace(self.groups[place], scores=siblings)
         given = [score for group in self.groups for score in group.scores]
-        missing = sum(score.value is None for score in given)
-        check_missing(missing, len(given), self._max_missing_fraction, f"scores of {self._where}")
+        errors = [score.error for score in given if score.value is None]
+        check_missing(errors, len(given), self._max_missing_fraction, f"scores of {self._where}")
 
     async def annotate(self, role: str, annotator: Annotator) -> None:
         """Has ``annotator`` add its arrays to all groups."""

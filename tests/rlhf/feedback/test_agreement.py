@@ -31,11 +31,11 @@ def test_spearman_follows_order_only(values):
 
 
 def test_too_much_missing_feedback_stops():
-    check_missing(0, 0, 0.0, "judge")
-    check_missing(1, 10, 0.1, "judge")
+    check_missing([], 0, 0.0, "judge")
+    check_missing(["refused"], 10, 0.1, "judge")
     with pytest.raises(MissingFeedbackError) as caught:
-        check_missing(2, 10, 0.1, "scores of step 3")
+        check_missing(["refused", "busy", "busy"], 10, 0.2, "scores of step 3")
     assert caught.value.where == "scores of step 3"
-    assert "2 of 10 missing (20%)" in str(caught.value)
-    with pytest.raises(MissingFeedbackError):
-        check_missing(1, 10, 0.0, "judge")
+    assert "3 of 10 missing (30%), 2 of them because: busy" in str(caught.value)
+    with pytest.raises(MissingFeedbackError, match="no reason given"):
+        check_missing([""], 10, 0.0, "judge")
