@@ -155,12 +155,9 @@ class _Session:
 
     def resume(self) -> int:
         """Loads the newest verified checkpoint on every rank and returns its step, 0 where there is none."""
-        found = None
-        if self._rank == 0:
-            events = self._run.events
-            found = checkpoint.load_latest(
-                self._checkpoints, on_event=lambda kind, fields: events.record(kind, stage=self._job.stage, **fields)
-            )
+        found = checkpoint.load_latest(self._checkpoints, on_event=self._event) if self._rank == 0 else None
+        if found is not None:
+            self._event("stage_resumed", {"step": found.step})
         path, step = self._worker.broadcast((found.path, found.step) if found else (None, 0))
         if path is not None:
             self._worker.load(path)
@@ -168,9 +165,14 @@ class _Session:
             self._metrics.resume(self._job.stage, step)
         return int(step)
 
+    def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._run.events.record(kind, stage=self._job.stage, **fields)
+
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._metrics is not None:
             self._metrics.log(self._job.stage, step, metrics)
+            if metrics.get("skipped"):
+                self._event("update_skipped", {"step": step})
 
     def _should_stop(self) -> bool:
         return bool(self._worker.broadcast(self._job.stop_request.exists()))

@@ -112,10 +112,6 @@ class RunContext:
         """Writes one line of ``events.jsonl``."""
         self.run.events.record(kind, **fields)
 
-    def on_checkpoint_event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Receives what loading a checkpoint has to say."""
-        self.event(kind, **fields)
-
     async def recorder(self) -> RemoteRecorder:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
         async with self._placing:

@@ -176,10 +176,11 @@ class _OnlineRun:
     async def _resume(self) -> int:
         from rlhf.runs import checkpoint
 
-        found = checkpoint.load_latest(self.checkpoints, on_event=self.context.on_checkpoint_event)
+        found = checkpoint.load_latest(self.checkpoints, on_event=self._event)
         step = 0
         if found is not None:
             step = found.step
+            self._event("stage_resumed", {"step": step})
             self.cursor.restore(found.state["cursor"])
             self.rewards.restore(found.state["rewards"])
             if (measured_on := found.state.get("validation_rewards")) is not None:
@@ -190,12 +191,19 @@ class _OnlineRun:
         self.context.metrics.resume(f"{self.stage.name}-validation", step)
         return step
 
+    def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self.context.event(kind, stage=self.stage.name, **fields)
+
     async def _load(self, path: Path) -> None:
         for name, learner in self.learners.items():
             await learner.load(path / name)
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
+        for name in self.learners:
+            if num_skipped := metrics.get(f"{name}/skipped"):
+                batch = f"rollouts/step_{step:06d}.parquet"  # kept for a look at what was not finite
+                self._event("update_skipped", {"step": step + 1, "role": name, "num": num_skipped, "batch": batch})
         self.context.timings.write()
         self.progress.advance(score=metrics.get("rollout/score", float("nan")))
 
@@ -252,11 +260,7 @@ class _OnlineRun:
         from rlhf.runs import checkpoint
 
         steps = self.stage.loop.steps
-
-        def rejected(kind: str, fields: Mapping[str, Any]) -> None:
-            self.context.event(kind, stage=self.stage.name, **fields)
-
-        best = checkpoint.load_best(self.checkpoints, on_event=rejected) if self.stage.select_best else None
+        best = checkpoint.load_best(self.checkpoints, on_event=self._event) if self.stage.select_best else None
         if best is not None and best.step != steps:
             await self._load(best.path)
         target = self.context.run.root / self.stage.name / "policy"

@@ -147,14 +147,22 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _clean(directory: Path) -> None:
-    """Removes what a crash left: unfinished saves, half-pruned checkpoints; restores one that was being replaced."""
+def _clean(directory: Path) -> list[Path]:
+    """Removes what a crash left: unfinished saves, half-pruned checkpoints; restores one that was being replaced.
+
+    Returns:
+        The unfinished saves among them.
+    """
+    unfinished = []
     for path in list(directory.iterdir()):
         if path.name.startswith(TEMPORARY):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.name.startswith(f"{TEMPORARY}step_"):
+                unfinished.append(path)
         elif path.name.startswith(_REPLACED):
             final = directory / path.name.removeprefix(_REPLACED)
             shutil.rmtree(path) if final.exists() else os.rename(path, final)
+    return unfinished
 
 
 def _prune(directory: Path, keep: int) -> None:
@@ -269,15 +277,18 @@ def steps(directory: Path) -> list[int]:
 def load_latest(directory: Path, *, on_event: OnEvent | None = None) -> Checkpoint | None:
     """Returns the newest good checkpoint, or None where none was ever taken.
 
-    Bad ones are set aside under ``bad-step_N`` and reported as ``checkpoint_rejected`` events; a pointer that names
-    another checkpoint is mended and reported as ``checkpoint_pointer_mended``.
+    Bad ones are set aside under ``bad-step_N`` and reported as ``checkpoint_rejected`` events; what a killed save left
+    is removed and reported as ``checkpoint_unfinished``; a pointer that names another checkpoint is mended and reported
+    as ``checkpoint_pointer_mended``.
 
     Raises:
         CheckpointError: There are checkpoints, or a pointer to one, and none is good. Nothing is moved then.
     """
     if not directory.is_dir():
         return None
-    _clean(directory)
+    for path in _clean(directory):
+        if on_event is not None:
+            on_event("checkpoint_unfinished", {"path": str(path)})
     rejected: dict[Path, str] = {}
     for step in steps(directory):
         path = directory / f"step_{step}"

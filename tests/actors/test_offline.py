@@ -60,12 +60,13 @@ def save_steps(job: OfflineJob, *steps: int) -> None:
         _Session(job, FakeWorker(step), 0).hooks().checkpoint(step)
 
 
-def test_a_rank_resumes_from_the_newest_checkpoint_and_says_nothing(job: OfflineJob) -> None:
+def test_a_rank_resumes_from_the_newest_checkpoint_and_says_from_which(job: OfflineJob) -> None:
     assert _Session(job, FakeWorker(), 0).resume() == 0
     save_steps(job, 1, 2, 3)
     worker = FakeWorker()
     assert _Session(job, worker, 0).resume() == worker.state == 3
-    assert read_events(job.run_dir / "events.jsonl") == []
+    [event] = read_events(job.run_dir / "events.jsonl")
+    assert (event["kind"], event["stage"], event["step"]) == ("stage_resumed", "sft", 3)
     assert len(checkpoint.steps(job.run_dir / "checkpoints" / "sft")) == KEEP_CHECKPOINTS
 
 
@@ -78,5 +79,13 @@ def test_a_fallback_to_an_older_checkpoint_is_an_event(job: OfflineJob) -> None:
     assert [(event["kind"], event["stage"]) for event in events] == [
         ("checkpoint_rejected", "sft"),
         ("checkpoint_pointer_mended", "sft"),
+        ("stage_resumed", "sft"),
     ]
     assert "altered" in json.dumps(events[0])
+
+
+def test_a_skipped_update_is_an_event(job: OfflineJob) -> None:
+    hooks = _Session(job, FakeWorker(), 0).hooks()
+    hooks.log(1, {"loss": 1.0, "skipped": 0.0})
+    hooks.log(2, {"skipped": 1.0})
+    assert [(e["kind"], e["step"]) for e in read_events(job.run_dir / "events.jsonl")] == [("update_skipped", 2)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.errors import EngineError, LearnerError, MissingFeedbackError, RlhfError, ScorerError
+from rlhf.errors import EngineError, LearnerError, MissingFeedbackError, NonFiniteError, RlhfError, ScorerError
 from rlhf.loops.online import train_online
 from rlhf.types import Score
 from tests.fakes import FakeRun, OpenGate, loop_config, make_group
@@ -135,6 +135,14 @@ def test_the_first_failure_ends_both_halves_and_is_raised_as_it_is(
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(body())
+
+
+def test_the_batch_that_is_never_finite_is_kept_before_the_run_ends() -> None:
+    run = FakeRun(fail={("update", 1): error(NonFiniteError)})
+    with pytest.raises(NonFiniteError):
+        train(run)
+    assert run.recorded == {0: ("p0", "p1"), 1: ("p2", "p3")}
+    assert list(run.metrics) == [0]
 
 
 def test_cancelling_the_loop_ends_both_halves() -> None:

@@ -101,13 +101,16 @@ def test_failed_writer_leaves_no_litter(tmp_path: Path, asynchronous: bool) -> N
 
 
 def test_cancelled_writer_leaves_no_litter(tmp_path: Path) -> None:
-    async def write(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        await asyncio.sleep(60)
-
     async def main() -> None:
+        writing = asyncio.Event()
+
+        async def write(folder: Path) -> None:
+            (folder / "half").write_text("x")
+            writing.set()
+            await asyncio.sleep(60)
+
         task = asyncio.create_task(save_async(tmp_path, 2, write, state={}, keep=1))
-        await asyncio.sleep(0.05)
+        await writing.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -193,8 +196,11 @@ def test_leftovers_are_cleaned_and_a_replaced_one_comes_back(tmp_path: Path) -> 
     (tmp_path / ".tmp-step_3-77").mkdir()
     (tmp_path / ".tmp-step_3-77" / "half").write_text("x")
     os.rename(tmp_path / "step_2", tmp_path / ".old-step_2")  # killed between the two renames
-    checkpoint = load_latest(tmp_path)
+    (tmp_path / ".tmp-pruned-step_0").mkdir()  # killed while it was removed: nothing is missing there
+    events: list[tuple[str, str]] = []
+    checkpoint = load_latest(tmp_path, on_event=lambda kind, fields: events.append((kind, fields["path"])))
     assert checkpoint is not None and checkpoint.step == 2
+    assert events == [("checkpoint_unfinished", str(tmp_path / ".tmp-step_3-77"))]
     assert sorted(p.name for p in tmp_path.iterdir()) == [LATEST, "step_1", "step_2"]
 
 
