@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 
-.PHONY: help setup quickstart test test-fast test-all seeds docs lint format clean
+.PHONY: help setup quickstart test test-fast test-all drills seeds docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-fast: setup ## tests that start no engine: seconds
 
 test-all: lint ## everything, the long drills and learning runs included
 	$(PYTEST) --fail-early
+
+drills: setup ## whole runs under faults: workers killed, judge down, signals in every stage; about half an hour
+	$(PYTEST) tests/drills
 
 seeds: setup ## the quickstart with three seeds and the null arm, as a table; goes on where it stopped
 	$(PY) -m cluster.seeds

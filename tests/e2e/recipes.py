@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from rlhf.runs.events import read_events
+from rlhf.runs.tables import read_table
 from tests.actors.judging import write_constitution
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,12 +83,23 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> Path:
     return path
 
 
-def start(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Starts ``rlhf run`` with output in ``driver.log`` beside the recipe."""
+def start(recipe: Path, *arguments: str, module: str = "cluster.cli") -> subprocess.Popen[str]:
+    """Starts ``rlhf run`` with output in ``driver.log`` beside the recipe; ``module`` is what has the command line."""
     _BEFORE.setdefault(recipe, set(runtime_processes()))
-    log = (recipe.parent / "driver.log").open("a", encoding="utf-8")
-    command = [sys.executable, "-m", "cluster.cli", "run", str(recipe), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+    command = [sys.executable, "-m", module, "run", str(recipe), *arguments]
+    with (recipe.parent / "driver.log").open("a", encoding="utf-8") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+
+
+@contextlib.contextmanager
+def running(recipe: Path, *arguments: str, module: str = "cluster.cli") -> Iterator[subprocess.Popen[str]]:
+    """A driver for the length of a block: a test that fails inside it does not leave the driver behind."""
+    driver = start(recipe, *arguments, module=module)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait(60)
 
 
 _BEFORE: dict[Path, set[int]] = {}
@@ -120,25 +134,44 @@ def log_of(recipe: Path) -> str:
     return (recipe.parent / "driver.log").read_text(encoding="utf-8")
 
 
-def wait_for(driver: subprocess.Popen[str], ready: Any, timeout_s: float = 300.0) -> None:
-    """Returns once ``ready()`` holds; the driver has to live until then."""
+def wait_for(
+    driver: subprocess.Popen[str], ready: Callable[[], bool], timeout_s: float = 300.0, *, poll_s: float = 0.05
+) -> None:
+    """Returns once ``ready()`` holds, looking every ``poll_s`` seconds; the driver has to live until then."""
     deadline = time.monotonic() + timeout_s
     while not ready():
         assert driver.poll() is None, f"the driver ended with {driver.returncode} before it could be stopped"
         assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
-def kill_when(driver: subprocess.Popen[str], ready: Any, *, sign: signal.Signals) -> int:
+def kill_when(
+    driver: subprocess.Popen[str], ready: Callable[[], bool], *, sign: signal.Signals, poll_s: float = 0.05
+) -> int:
     """Sends the driver a signal once ``ready()`` holds, and returns its exit code."""
-    wait_for(driver, ready)
+    wait_for(driver, ready, poll_s=poll_s)
     os.kill(driver.pid, sign)
     return driver.wait(120)
 
 
+def workers(recipe: Path, name: str) -> list[int]:
+    """Process ids of a recipe's runs whose title begins with ``name``, for example ``ray::LearnerWorker``."""
+    return [pid for pid, title in runtime_processes().items() if title.startswith(name) and pid not in _BEFORE[recipe]]
+
+
+def engine_seconds(recipe: Path) -> float:
+    """CPU time that the engines of a recipe's runs have used; it grows while they draw, and hardly while they wait."""
+    seconds = 0.0
+    for pid in workers(recipe, "VLLM::"):
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            seconds += times.user + times.system
+    return seconds
+
+
 def kill_worker(recipe: Path, name: str) -> None:
     """Sends SIGKILL to the workers of a recipe's run whose title begins with ``name``."""
-    found = [pid for pid, title in runtime_processes().items() if title.startswith(name) and pid not in _BEFORE[recipe]]
+    found = workers(recipe, name)
     assert found, f"no process {name}"
     for pid in found:
         os.kill(pid, signal.SIGKILL)
@@ -153,6 +186,16 @@ def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
         for line in lines
         if line["stage"] == stage
     ]
+
+
+def table(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Every row of a kind of table (``rollouts``, ``verdicts``, ``rankings``, ``eval``), in the files' order."""
+    return [row for file in sorted((run_dir / kind).glob("*.parquet")) for row in read_table(file)]
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind, in order."""
+    return [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == kind]
 
 
 def assert_gone(recipe: Path, timeout_s: float = 150.0) -> None:
