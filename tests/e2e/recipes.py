@@ -119,7 +119,7 @@ def runtime_processes() -> dict[int, str]:
     return found
 
 
-def run(recipe: Path, *arguments: str, timeout_s: float = 500.0) -> int:
+def run(recipe: Path, *arguments: str, timeout_s: float = 1200.0) -> int:
     """Runs the command to its end and returns its exit code; nothing it started may be left."""
     driver = start(recipe, *arguments)
     try:
@@ -135,7 +135,7 @@ def log_of(recipe: Path) -> str:
 
 
 def wait_for(
-    driver: subprocess.Popen[str], ready: Callable[[], bool], timeout_s: float = 300.0, *, poll_s: float = 0.05
+    driver: subprocess.Popen[str], ready: Callable[[], bool], timeout_s: float = 900.0, *, poll_s: float = 0.05
 ) -> None:
     """Returns once ``ready()`` holds, looking every ``poll_s`` seconds; the driver has to live until then."""
     deadline = time.monotonic() + timeout_s
@@ -151,7 +151,7 @@ def kill_when(
     """Sends the driver a signal once ``ready()`` holds, and returns its exit code."""
     wait_for(driver, ready, poll_s=poll_s)
     os.kill(driver.pid, sign)
-    return driver.wait(120)
+    return driver.wait(300)
 
 
 def workers(recipe: Path, name: str) -> list[int]:
@@ -198,7 +198,7 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == kind]
 
 
-def assert_gone(recipe: Path, timeout_s: float = 150.0) -> None:
+def assert_gone(recipe: Path, timeout_s: float = 300.0) -> None:
     """No process of a recipe's runs is left, engines' children and Ray's own included.
 
     After a SIGKILL of the driver the watchdog ends what does not end by itself.
