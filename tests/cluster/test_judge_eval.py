@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +11,39 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from tests.actors.judge_service import Reply, Service
 from tests.actors.judging import write_constitution
 
 KINDS = ("positive", "positive", "mixed", "negative", "negative")
 TEXTS = ("loved it, brilliant", "loved it", "it was there", "dull", "dull, awful")
 
 
-class Service:
+class MarginService(Service):
     """Answers each question with the margin that ``margin_of`` gives for its text; None is an answer without labels."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.margin_of: Callable[[str], float | None] = lambda text: 0.5 if "loved" in text else -0.5
-        self.models: list[str] = []
-        service = self
+        self.behave = self._answer
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                service.models.append(body["model"])
-                margin = service.margin_of(body["prompt"])
-                top = {" maybe": -0.1} if margin is None else {" yes": -3.0 + margin, " no": -3.0}
-                data = json.dumps({"id": "1", "choices": [{"logprobs": {"top_logprobs": [top]}}]}).encode()
-                self.send_response(200)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+    @property
+    def models(self) -> list[str]:
+        return [body["model"] for body in self.bodies]
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+    def _answer(self, body: dict[str, Any], tries: int) -> Reply:
+        margin = self.margin_of(body["prompt"])
+        top = {" maybe": -0.1} if margin is None else {" yes": -3.0 + margin, " no": -3.0}
+        return 200, {"id": "1", "choices": [{"logprobs": {"top_logprobs": [top]}}]}
 
 
 @pytest.fixture
-def service() -> Iterator[Service]:
-    service = Service()
+def service() -> Iterator[MarginService]:
+    service = MarginService()
     yield service
-    service.server.shutdown()
-    service.server.server_close()
+    service.close()
 
 
-def judge_eval(folder: Path, service: Service, kinds: tuple[str, ...] = KINDS, mode: str = "pointwise") -> int:
+def judge_eval(folder: Path, service: MarginService, kinds: tuple[str, ...] = KINDS, mode: str = "pointwise") -> int:
     """A recipe whose start model is nowhere: a judge at an endpoint needs none."""
     constitution = write_constitution(folder, mode)
     endpoint = {"base_url": service.url, "model": "m", "api_key_variable": None, "max_retries": 0}
@@ -73,7 +59,7 @@ def judge_eval(folder: Path, service: Service, kinds: tuple[str, ...] = KINDS, m
     return main(["judge-eval", str(folder / "recipe.yaml"), "--data", str(folder / "labels.jsonl")])
 
 
-def test_the_service_is_what_is_measured(service: Service, tmp_path: Path, capsys) -> None:
+def test_the_service_is_what_is_measured(service: MarginService, tmp_path: Path, capsys) -> None:
     margins = {"loved it, brilliant": 1.0, "dull, awful": -2.0, "loved it": -0.25, "it was there": 0.0, "dull": -0.5}
     service.margin_of = lambda text: next(margin for part, margin in margins.items() if f" {part} [" in text)
     assert judge_eval(tmp_path, service) == 0
@@ -86,7 +72,7 @@ def test_the_service_is_what_is_measured(service: Service, tmp_path: Path, capsy
     assert set(service.models) == {"m"} and len(service.models) == 5
 
 
-def test_what_the_judged_texts_do_not_show_is_unknown(service: Service, tmp_path: Path, capsys) -> None:
+def test_what_the_judged_texts_do_not_show_is_unknown(service: MarginService, tmp_path: Path, capsys) -> None:
     service.margin_of = lambda text: 1.0 if "brilliant" in text else None
     assert judge_eval(tmp_path, service) == 0
     out = capsys.readouterr().out
@@ -98,7 +84,7 @@ def test_what_the_judged_texts_do_not_show_is_unknown(service: Service, tmp_path
     assert "accuracy at margin 0   unknown on 0 clear texts" in capsys.readouterr().out
 
 
-def test_a_judge_without_an_answer_is_an_error(service: Service, tmp_path: Path, capsys) -> None:
+def test_a_judge_without_an_answer_is_an_error(service: MarginService, tmp_path: Path, capsys) -> None:
     service.margin_of = lambda text: None
     assert judge_eval(tmp_path, service) == 1
     err = capsys.readouterr().err
@@ -115,7 +101,7 @@ def test_a_judge_without_an_answer_is_an_error(service: Service, tmp_path: Path,
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_asked(
-    service: Service, tmp_path: Path, capsys, kinds: tuple[str, ...], mode: str, said: str
+    service: MarginService, tmp_path: Path, capsys, kinds: tuple[str, ...], mode: str, said: str
 ) -> None:
     assert judge_eval(tmp_path, service, kinds, mode) == 2
     assert capsys.readouterr().err.startswith(said.format(tmp_path))

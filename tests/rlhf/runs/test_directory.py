@@ -105,7 +105,9 @@ def test_a_stage_more_is_refused(tmp_path: Path) -> None:
 
 def test_own_list_of_resumable_keys(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
-    opened(tmp_path / "run", Config(seed=3), resumable=["seed"]).close()
+    reopened = opened(tmp_path / "run", Config(seed=3), resumable=["seed"])
+    assert reopened.resolved_config()["seed"] == 3
+    reopened.close()
 
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
