@@ -48,6 +48,7 @@ class OfflineJob:
         max_sequence_tokens: Longest prompt and completion together.
         seed: Of split and order.
         threads: Compute threads of a rank; None takes all cores of its node.
+        temperature: Logits are divided by it: the sampler's, where the policy learns from what it drew itself.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class OfflineJob:
     max_sequence_tokens: int
     seed: int
     threads: int | None
+    temperature: float
 
     @property
     def stop_request(self) -> Path:
@@ -119,6 +121,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
         rank=RankInfo(rank=rank, world_size=num_ranks, threads=threads),
         objective=job.objective,
         total_steps=num_steps(len(groups), job.loop),
+        temperature=job.temperature,
     )
     worker.start()
     session = _Session(job, worker, rank)

@@ -14,6 +14,7 @@ from rlhf.objectives.config import PreferenceConfig, RankConfig, SupervisedConfi
 
 if TYPE_CHECKING:
     from actors.offline import OfflineJob
+    from cluster.config import RunConfig
     from cluster.context import RunContext
 
 STAGE_TIMEOUT_S = 30 * 24 * 3600.0
@@ -28,7 +29,8 @@ class SupervisedStage(StrictModel):
     name: str = "sft"
     """Names the stage in the record."""
     source: Literal["file", "feedback"] = "file"
-    """``file``: chat or instruction records. ``feedback``: rejection sampling, each prompt's best-ranked completion."""
+    """``file``: chat or instruction records. ``feedback``: rejection sampling, each prompt's best-ranked completion;
+    what the policy drew is learned at ``sampling.temperature``, so that drawing again does not sharpen it twice."""
     data: SupervisedDataConfig | None = None
     """With ``source: file``: the file, and what its columns mean."""
     min_score: float | None = None
@@ -109,6 +111,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         max_sequence_tokens=context.config.max_sequence_tokens,
         seed=context.config.seed,
         threads=context.config.roles.learner.resources.threads,
+        temperature=learning_temperature(context.config, stage),
     )
     async with context.timed_gate(stage.name).hold("learner"):
         await _fit(context, job)
@@ -121,6 +124,17 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         results["version"] = context.policy.version + 1
         results["policy"] = str(target.relative_to(context.run.root))
     return results
+
+
+def learning_temperature(config: RunConfig, stage: OfflineStage) -> float:
+    """What logits are divided by: the sampler's temperature for completions that the policy drew, else 1.
+
+    Learned at 1, samples drawn at 0.8 would be sharpened by 0.8 again whenever the policy draws: it would lose in
+    diversity what no feedback asked for.
+    """
+    drawn = any(s.kind == "feedback" and s.source == "judge" for s in config.stages)
+    is_rejection_sampling = isinstance(stage, SupervisedStage) and stage.source == "feedback"
+    return config.sampling.temperature if drawn and is_rejection_sampling else 1.0
 
 
 async def _fit(context: RunContext, job: OfflineJob) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf.maths.ops import token_log_probs
 from rlhf.maths.packing import PackedBatch
 from rlhf.models.adapters import backbone
+from rlhf.models.attention import SHARED_PROMPT, SiblingLayout
 from rlhf.models.load import head_of
 from rlhf.objectives.base import Head, ModelOutputs
 
@@ -22,8 +23,14 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The backbone's last hidden states of every row. [B, S, D]."""
     inner = backbone(model)
     dtype = next(inner.parameters()).dtype
-    mask = None if batch.is_causal else batch.attention_mask(dtype)
-    outputs = inner(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    options: dict[str, Any] = {}
+    if not batch.is_causal:
+        config: Any = inner.config
+        if config._attn_implementation == SHARED_PROMPT:
+            options["siblings"] = SiblingLayout.of(batch, dtype)
+        else:
+            options["attention_mask"] = batch.attention_mask(dtype)
+    outputs = inner(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
     hidden: Tensor = outputs.last_hidden_state
     return hidden
 

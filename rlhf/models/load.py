@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
+from rlhf.models import attention
 from rlhf.models.adapters import attach_lora, backbone, base_model
 from rlhf.models.resolve import resolve_model
 from rlhf.models.settings import ModelConfig
@@ -101,7 +102,7 @@ def load_scalar(config: ModelConfig) -> nn.Module:
 def _load_arguments(config: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": DTYPES[config.dtype],
-        "attn_implementation": config.attention,
+        "attn_implementation": attention.register() if config.attention == "sdpa" else config.attention,
         "trust_remote_code": False,
         "use_safetensors": True,
     }

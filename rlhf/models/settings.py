@@ -37,7 +37,9 @@ class ModelConfig(StrictModel):
     """What the model computes in. A learner keeps fp32 master weights beside bf16 ones."""
 
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel. Both take the mask of rows whose siblings share a prompt."""
+    """Attention kernel: ``sdpa`` runs torch's fused kernels on prompts and completions apart, so that siblings that
+    share a prompt in a row cost nothing where they do not see each other; ``eager`` is the plain formula under a mask,
+    to compare with."""
 
     adapter: LoraConfig | None = None
     """Trains low-rank adapters instead of the weights themselves."""

@@ -52,6 +52,7 @@ def job(tmp_path: Path) -> OfflineJob:
         max_sequence_tokens=64,
         seed=0,
         threads=1,
+        temperature=1.0,
     )
 
 

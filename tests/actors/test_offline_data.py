@@ -75,6 +75,7 @@ def make_job(folder: Path, kind: str, **changes: Any) -> OfflineJob:
         max_sequence_tokens=200,
         seed=3,
         threads=1,
+        temperature=1.0,
     )
     return dataclasses.replace(job, **changes)
 
