@@ -20,12 +20,13 @@ REJECTION_SAMPLING = {"kind": "sft", "source": "feedback"}
     [
         (JUDGED, REJECTION_SAMPLING, 0.7),
         (PEOPLE, REJECTION_SAMPLING, 1.0),
+        (JUDGED, {**REJECTION_SAMPLING, "temperature": 0.9}, 0.9),
         (JUDGED, {"kind": "sft", "data": {"path": "records.jsonl"}}, 1.0),
         (JUDGED, {"kind": "reward"}, 1.0),
         (JUDGED, {"kind": "preference"}, 1.0),
     ],
 )
-def test_only_what_the_policy_drew_is_learned_at_the_temperature_it_was_drawn_at(
+def test_what_the_policy_drew_is_learned_at_the_temperature_it_was_drawn_at_unless_the_stage_says_otherwise(
     feedback: dict[str, Any], stage: dict[str, Any], expected: float
 ) -> None:
     document = {
