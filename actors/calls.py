@@ -9,26 +9,43 @@ from typing import Any, TypeVar
 import ray
 from ray import exceptions
 
-from rlhf.errors import DeadlineError, ReplicaLostError, RlhfError
+from rlhf.errors import DeadlineError, ReplicaLostError, RlhfError, WorkerError
 
 T = TypeVar("T")
 
+_INFRASTRUCTURE = (exceptions.RayError, OSError, EOFError, MemoryError, RuntimeError, asyncio.CancelledError)
+"""What machines, networks, devices and collectives make a worker raise: torch has little but ``RuntimeError`` for a
+lost device or peer. Any other exception comes from the worker's own code and would be the same on every machine."""
+
 
 def classify(error: Exception, where: str) -> RlhfError:
-    """Turns what a Ray call raised into an error of ours.
+    """Turns what a Ray call raised into an error of ours; one that a task raised keeps its traceback in the text.
 
-    A worker's own ``RlhfError`` comes back as it was raised. Anything else that a task raised is a defect of the worker
-    and keeps its traceback in the text; a dead actor, an unreachable node or a lost object is a ``ReplicaLostError``.
+    A worker's own ``RlhfError`` comes back as it was raised. A dead actor, an unreachable node, a lost object or what
+    else machines do to a worker is a ``ReplicaLostError``; a defect of the worker's code is a ``WorkerError``.
     """
     if isinstance(error, exceptions.RayTaskError):
         # Ray raises a mixture of its own class and the cause's; the cause alone is what the worker raised.
         if isinstance(error.cause, RlhfError):
             return error.cause
-        return ReplicaLostError(
-            where, found=str(error), needed="a result", action="See the worker's log for the cause."
-        )
+        if isinstance(error.cause, _INFRASTRUCTURE) and not isinstance(error.cause, RecursionError):
+            return ReplicaLostError(
+                where, found=str(error), needed="a result", action="See the worker's log for the cause."
+            )
+        return _defect(where, str(error))
+    if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:  # a constructor asks no machine
+        return _defect(where, str(error))
     return ReplicaLostError(
         where, found=f"{type(error).__name__}: {error}", needed="a living worker", action="It is replaced if it can be."
+    )
+
+
+def _defect(where: str, found: str) -> WorkerError:
+    return WorkerError(
+        where,
+        found=found,
+        needed="a result",
+        action="This is a defect of the code, which no restart mends. Mend it and run the same command again.",
     )
 
 
@@ -37,7 +54,8 @@ async def await_ref(ref: Any, *, timeout_s: float, where: str) -> Any:
 
     Raises:
         DeadlineError: Nothing came in time; the call may still be running.
-        ReplicaLostError: The worker died or raised something that is not ours.
+        ReplicaLostError: The worker died, or its machine failed it.
+        WorkerError: The worker's code has a defect.
         RlhfError: What the worker raised.
     """
     try:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from actors.calls import await_ref, gather_all, kill, stream
+from actors.restarts import RestartBudget
 from rlhf.errors import (
     DeadlineError,
     EngineError,
@@ -21,12 +22,14 @@ from rlhf.errors import (
     ReplicaLostError,
     RlhfError,
     ScorerError,
+    WorkerError,
 )
 
 Event = Callable[..., None]
 
 REPLACEABLE = (ReplicaLostError, DeadlineError, EngineError, JudgeError, ScorerError)
-"""Failures that another replica may not have. Any other error lies in what was asked and is raised at once."""
+"""Failures that another replica may not have. Any other error lies in what was asked, or in the worker's own code, and
+is raised at once."""
 
 
 class ReplicaState(StrEnum):
@@ -57,11 +60,12 @@ class Replica:
 
 @dataclass(frozen=True)
 class FleetLimits:
-    """Deadlines of a fleet in seconds, and how often a dead replica is replaced before the role is given up."""
+    """Deadlines of a fleet in seconds, and how many dead replicas are replaced within a time before it is given up."""
 
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0
     max_restarts: int = 3
+    restart_window_s: float = 3600.0
 
 
 class Fleet:
@@ -94,7 +98,7 @@ class Fleet:
         self._replicas: list[Replica] = []
         self._wanted = 0
         self._next_index = 0
-        self._restarts = 0
+        self._restarts = RestartBudget(self.limits.max_restarts, self.limits.restart_window_s)
         self._last_loss: RlhfError | None = None
         self._membership = asyncio.Lock()
         self.welcome: Callable[[Any], Awaitable[None]] | None = None
@@ -126,7 +130,7 @@ class Fleet:
                 raise
 
     async def repair(self) -> None:
-        """Replaces what a broadcast dropped; raises the last loss when restarts are used up."""
+        """Replaces what a broadcast dropped; raises the last loss when the restarts of this time are used up."""
         async with self._membership:
             if self._last_loss is not None:
                 loss = self._last_loss
@@ -136,7 +140,7 @@ class Fleet:
         """Ends a failed replica and returns the one that takes its work over: a newcomer where one is missing.
 
         Raises:
-            RlhfError: ``error`` when restarts are used up, or what kept the newcomer from starting.
+            RlhfError: ``error`` when the restarts of this time are used up, or what kept the newcomer from starting.
         """
         self._drop(replica, error)
         async with self._membership:
@@ -152,13 +156,18 @@ class Fleet:
         await gather_all(self._stop(replica) for replica in list(self._replicas))
 
     async def _restart(self, error: RlhfError) -> Replica:
-        while self._wanted and self._restarts < self.limits.max_restarts:  # a stopped fleet wants nobody
-            self._restarts += 1
+        while self._wanted and self._restarts.take():  # a stopped fleet wants nobody
             try:
                 return await self._join()
+            except WorkerError:  # the next one would have the same code
+                raise
             except RlhfError as failure:
                 self._event("restart_failed", role=self.role, error=str(failure))
                 error = failure
+        if self._wanted:
+            limits = self.limits
+            used = {"max_restarts": limits.max_restarts, "restart_window_s": limits.restart_window_s}
+            self._event("restarts_used_up", role=self.role, **used, error=str(error))
         raise error
 
     async def _join(self) -> Replica:

@@ -176,7 +176,12 @@ class RunContext:
             wanted = self._wanted(role)
             resources = self.config.resources(role)
             placer = self._placers[role] = await Placer.reserved(role, resources, wanted)
-            limits = FleetLimits(resources.start_timeout_s, resources.call_timeout_s, resources.max_restarts)
+            limits = FleetLimits(
+                resources.start_timeout_s,
+                resources.call_timeout_s,
+                resources.max_restarts,
+                resources.restart_window_s,
+            )
             fleet = Fleet(role, lambda _: placer.spawn(worker, kwargs), placer.retire, self.event, limits)
             self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too

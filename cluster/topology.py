@@ -33,7 +33,10 @@ class Resources(StrictModel):
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one call."""
     max_restarts: int = Field(default=3, ge=0)
-    """Dead replicas that are replaced before the run is given up."""
+    """Dead replicas of a fleet that are replaced within ``restart_window_s`` before the run is given up; and lost gangs
+    of learners that are started again within one stage."""
+    restart_window_s: float = Field(default=3600.0, gt=0)
+    """Seconds after which the replacement of a dead replica no longer counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,18 @@ class PlacementError(RlhfError):
     exit_code = 3
 
 
+class ClusterError(RlhfError):
+    """A Ray cluster could not be started or joined; nothing was placed."""
+
+    exit_code = 3
+
+
 class ReplicaLostError(RlhfError):
     """An actor died, hung or its node went away; what it had not returned is dispatched again."""
+
+
+class WorkerError(RlhfError):
+    """A worker's own code has a defect: another replica would have it too, so the run ends. ``where`` names which."""
 
 
 class EngineError(RlhfError):

@@ -12,7 +12,7 @@ import pytest
 
 from actors.calls import await_ref, gather_all, kill, stream
 from actors.store import RayStore
-from rlhf.errors import DataError, DeadlineError, ReplicaLostError
+from rlhf.errors import DataError, DeadlineError, ReplicaLostError, WorkerError
 
 pytestmark = pytest.mark.engine
 
@@ -97,12 +97,16 @@ def test_an_error_of_ours_comes_back_as_it_was_raised(actor) -> None:
     assert error.__cause__ is not error
 
 
-def test_any_other_error_is_a_lost_replica_with_its_traceback(actor) -> None:
-    worker = actor(Worker)
-    with pytest.raises(ReplicaLostError, match="ZeroDivisionError"):
-        ask(worker.divide.remote())
+def test_a_defect_of_the_worker_names_it_and_keeps_its_traceback(actor) -> None:
+    with pytest.raises(WorkerError, match=r"^worker\[0\]\.call: (.|\n)*in divide(.|\n)*ZeroDivisionError"):
+        ask(actor(Worker).divide.remote())
+    with pytest.raises(WorkerError, match="unexpected keyword argument"):
+        ask(actor(Worker, other=1).ping.remote())
+
+
+def test_what_the_machine_did_to_a_worker_is_a_lost_replica(actor) -> None:
     with pytest.raises(ReplicaLostError, match="the worker's own"):
-        ask(worker.time_out.remote())
+        ask(actor(Worker).time_out.remote())
 
 
 def test_a_dead_worker_is_a_lost_replica(actor) -> None:
@@ -129,7 +133,7 @@ async def drain(refs, timeout_s: float = 30.0):
     return found, None
 
 
-@pytest.mark.parametrize(("error", "kind"), [("", None), ("ours", DataError), ("defect", ReplicaLostError)])
+@pytest.mark.parametrize(("error", "kind"), [("", None), ("ours", DataError), ("defect", WorkerError)])
 def test_a_stream_gives_what_it_has_and_then_its_error(actor, error: str, kind) -> None:
     refs = actor(Streamer).numbers.options(num_returns="streaming").remote(3, error)
     found, caught = asyncio.run(drain(refs))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from actors.fleet import FleetLimits
-from rlhf.errors import DataError, DeadlineError, EngineError, PublicationError, ReplicaLostError
+from rlhf.errors import DataError, DeadlineError, EngineError, PublicationError, ReplicaLostError, WorkerError
 from tests.actors.fleets import EchoFleet, Fault, items, until, workers_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
@@ -44,7 +44,7 @@ def test_items_go_out_in_contiguous_shares_and_come_back_in_order() -> None:
     drive(body)
 
 
-@pytest.mark.parametrize("kind", ["kill", "defect", "engine", "timeout"])
+@pytest.mark.parametrize("kind", ["kill", "engine", "timeout"])
 def test_a_failed_replica_is_replaced_and_its_share_alone_goes_out_once_more(kind: str) -> None:
     async def body() -> None:
         async with EchoFleet({0: Fault("answer", kind)}) as echo:
@@ -109,6 +109,21 @@ def test_a_fault_in_what_was_asked_replaces_nobody() -> None:
 
 
 @pytest.mark.parametrize(("method", "call"), [("scatter", "answer"), ("scatter_stream", "stream")])
+def test_a_defect_of_the_worker_ends_the_call_and_replaces_nobody(method: str, call: str) -> None:
+    async def body() -> None:
+        async with EchoFleet({0: Fault(call, "defect")}) as echo:
+            await echo.fleet.scale(2)
+            with pytest.raises(WorkerError, match=rf"^echo\[0\]\.{call}: found .*") as caught:
+                await getattr(echo.fleet, method)(call, items(4))
+            assert "KeyError: 'a defect of the worker'" in caught.value.found
+            assert "fleets.py" in caught.value.found, "with its traceback"
+            assert "replica_lost" not in echo.kinds()
+            assert echo.kinds().count("replica_joined") == 2
+
+    drive(body)
+
+
+@pytest.mark.parametrize(("method", "call"), [("scatter", "answer"), ("scatter_stream", "stream")])
 def test_a_hung_replica_ends_in_a_deadline_within_its_bound(method: str, call: str) -> None:
     async def body() -> None:
         limits = FleetLimits(30.0, 1.5, max_restarts=0)
@@ -149,11 +164,22 @@ def test_restarts_are_bounded() -> None:
 
 def test_a_replacement_that_does_not_start_is_tried_again_while_restarts_are_left() -> None:
     async def body() -> None:
-        faults = {0: Fault("answer", "kill"), 1: Fault("start", "kill"), 2: Fault("start", "defect")}
+        faults = {0: Fault("answer", "kill"), 1: Fault("start", "kill"), 2: Fault("start", "engine")}
         async with EchoFleet(faults) as echo:
             await echo.fleet.scale(1)
             assert workers_of(await echo.fleet.scatter("answer", items(2))) == [3, 3]
             assert echo.kinds().count("restart_failed") == 2
+
+    drive(body)
+
+
+def test_a_replacement_whose_code_fails_at_its_start_is_not_tried_again() -> None:
+    async def body() -> None:
+        async with EchoFleet({0: Fault("answer", "kill"), 1: Fault("start", "defect")}) as echo:
+            await echo.fleet.scale(1)
+            with pytest.raises(WorkerError, match=r"^echo\[1\]\.start"):
+                await echo.fleet.scatter("answer", items(2))
+            assert "restart_failed" not in echo.kinds()
 
     drive(body)
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 import actors.fleet
 from actors.fleet import Fleet, FleetLimits
-from rlhf.errors import DataError, EngineError, PublicationError, ReplicaLostError, RlhfError
+from rlhf.errors import DataError, EngineError, PublicationError, ReplicaLostError, RlhfError, WorkerError
 from tests.actors.fleets import Answer, Item, items
 
 
@@ -138,7 +138,7 @@ class World:
     cut_short: list[int] = field(default_factory=list)
     never: set[str] = field(default_factory=set)
     """Methods that are not answered."""
-    errors: dict[tuple[str, int], RlhfError] = field(default_factory=dict)
+    errors: dict[tuple[str, int], RlhfError | RayTaskError] = field(default_factory=dict)
     """What a method raises on one actor."""
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ def drive(seed: int, mortality: float, sizes: list[int], limits: FleetLimits) ->
                 assert len(fleet.healthy) == (sizes or [2])[-1]
                 await scatter_often(fleet, world, 2)
             else:
-                assert fleet._restarts <= limits.max_restarts
+                assert fleet._restarts.num_taken <= limits.max_restarts
 
             healthy = fleet.healthy
             assert all(replica.in_flight == 0 and replica.idle.is_set() for replica in healthy)
@@ -280,6 +280,61 @@ def test_a_broadcast_of_what_cannot_be_done_says_so_and_blames_no_replica() -> N
         with pytest.raises(DataError):
             await fleet.broadcast("load")
         assert [replica.index for replica in fleet.healthy] == [0], "one that failed by itself still leaves"
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """What Ray makes of an exception in a worker."""
+    return RayTaskError("answer", f"Traceback ...\n{cause!r}", cause, proctitle="worker", pid=1, ip="127.0.0.1")
+
+
+@pytest.mark.parametrize("cause", [KeyError("k"), TypeError("t"), ValueError("v"), AssertionError(), RecursionError()])
+def test_a_defect_of_the_worker_ends_the_call_with_its_name_and_costs_no_restart(cause: Exception) -> None:
+    async def body() -> None:
+        world, events = World(random.Random(0), 0.0), []
+        limits = FleetLimits(5.0, 5.0, max_restarts=3)
+        fleet = Fleet("judge", world.spawn, world.retired.append, lambda kind, **_: events.append(kind), limits)
+        await fleet.scale(2)
+        world.errors["answer", 1] = raised(cause)
+        with pytest.raises(WorkerError, match=rf"^judge\[1\]\.answer: (.|\n)*{type(cause).__name__}"):
+            await fleet.scatter("answer", items(4))
+        assert events == ["replica_joined"] * 2 and fleet._restarts.num_taken == 0
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+@pytest.mark.parametrize("cause", [OSError("disk"), ConnectionResetError(), RuntimeError("CUDA error"), MemoryError()])
+def test_what_a_machine_does_to_a_worker_costs_a_restart(cause: Exception) -> None:
+    async def body() -> None:
+        world, events = World(random.Random(0), 0.0), []
+        limits = FleetLimits(5.0, 5.0, max_restarts=1)
+        fleet = Fleet("judge", world.spawn, world.retired.append, lambda kind, **_: events.append(kind), limits)
+        await fleet.scale(1)
+        world.errors["answer", 0] = raised(cause)
+        assert [answer.worker for answer in await fleet.scatter("answer", items(2))] == [1, 1]
+        world.errors["answer", 1] = raised(cause)
+        with pytest.raises(ReplicaLostError, match=r"^judge\[1\]\.answer"):
+            await fleet.scatter("answer", items(2))
+        assert events[-2:] == ["replica_lost", "restarts_used_up"]
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def test_losses_that_lie_further_apart_than_the_window_are_made_good_for_ever() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        limits = FleetLimits(5.0, 5.0, max_restarts=1, restart_window_s=0.05)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, limits)
+        await fleet.scale(1)
+        for num_lost in range(1, 5):
+            world.actors[-1].die()
+            answers = await fleet.scatter("answer", items(1))
+            assert [answer.worker for answer in answers] == [num_lost]
+            await asyncio.sleep(0.06)
         await fleet.stop()
 
     asyncio.run(asyncio.wait_for(body(), 20))

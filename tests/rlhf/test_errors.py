@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from rlhf import errors
-from rlhf.errors import ConfigError, DataError, PlacementError, RlhfError, RolloutsLostError
+from rlhf.errors import ClusterError, ConfigError, DataError, PlacementError, RlhfError, RolloutsLostError
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, RlhfError)]
 
@@ -41,7 +41,7 @@ def test_the_message_says_where_found_needed_and_what_to_do():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exit_code_follows_the_boundary(kind):
-    expected = {ConfigError: 2, DataError: 2, PlacementError: 3}.get(kind, 1)
+    expected = {ConfigError: 2, DataError: 2, PlacementError: 3, ClusterError: 3}.get(kind, 1)
     assert kind.exit_code == expected
 
 

@@ -1,0 +1,41 @@
+"""How often what was lost is started again before it is given up."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+
+class RestartBudget:
+    """At most ``max_restarts`` within any ``window_s`` seconds.
+
+    The rule of supervisors everywhere (intensity and period in Erlang/OTP, burst and interval in systemd): a machine
+    lost now and then over a long run is expected and costs nothing in the end, while losses that follow each other
+    closely have one cause, which another restart does not mend.
+
+    Args:
+        max_restarts: Restarts within one window.
+        window_s: Length of the window, seconds; it ends now.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, max_restarts: int, window_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_restarts = max_restarts
+        self._window_s = window_s
+        self._clock = clock
+        self._taken: deque[float] = deque()
+
+    @property
+    def num_taken(self) -> int:
+        """Restarts within the window."""
+        while self._taken and self._clock() - self._taken[0] >= self._window_s:
+            self._taken.popleft()
+        return len(self._taken)
+
+    def take(self) -> bool:
+        """Takes one restart where there is one left; says whether there was."""
+        if self.num_taken >= self._max_restarts:
+            return False
+        self._taken.append(self._clock())
+        return True

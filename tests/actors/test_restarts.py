@@ -1,0 +1,42 @@
+"""The budget of restarts: what is long past no longer counts."""
+
+from __future__ import annotations
+
+from actors.restarts import RestartBudget
+
+
+class Clock:
+    """Goes on by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_restarts_count_within_the_window_and_not_over_a_whole_life() -> None:
+    clock = Clock()
+    budget = RestartBudget(2, 100.0, clock=clock)
+    assert [budget.take(), budget.take(), budget.take()] == [True, True, False]
+    clock.now = 99.0
+    assert not budget.take(), "the window is not over"
+    clock.now = 100.0
+    assert budget.num_taken == 0
+    for _ in range(50):  # one loss in half a window, for as long as it likes
+        clock.now += 51.0
+        assert budget.take()
+        assert budget.num_taken <= 2
+
+
+def test_what_was_refused_does_not_count() -> None:
+    clock = Clock()
+    budget = RestartBudget(1, 10.0, clock=clock)
+    assert budget.take()
+    for clock.now in (3.0, 6.0, 9.0):
+        assert not budget.take()
+    clock.now = 10.0
+    assert budget.take()
+
+
+def test_no_restart_may_be_wanted() -> None:
+    assert not RestartBudget(0, 10.0).take()
