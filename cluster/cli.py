@@ -9,7 +9,10 @@ from pathlib import Path
 
 from rlhf.errors import RlhfError
 
-EPILOG = "exit codes: 0 finished, 1 training failed, 2 configuration or data, 3 placement, 130/143 stopped by a signal"
+EPILOG = (
+    "exit codes: 0 finished, 1 training failed, 2 configuration or data, 3 placement or no cluster, "
+    "130/143 stopped by a signal"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

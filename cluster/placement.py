@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
 from cluster.watchdog import CLUSTER_MARK, Watchdog
-from rlhf.errors import PlacementError
+from rlhf.errors import ClusterError, PlacementError
 
 RUN_MARK = "RLHF_RUN_MARKER"
 """Environment variable that every process of a run carries, engines' children included."""
@@ -36,6 +36,9 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     A private cluster cleans up the children of killed workers (an engine's processes would outlive it otherwise), and a
     watchdog ends it with a driver that is killed. In a cluster that is joined, all workers of this run are told its
     mark, those that Ray Train starts included. Ray's token is made readable by this user alone.
+
+    Raises:
+        ClusterError: Ray could not be started or joined; what it had begun is ended.
     """
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,8 +55,34 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     protect_token()
     try:
         ray.init(**options)
+    except Exception as error:  # Ray raises nothing narrower for a head that does not come up
+        ray.shutdown()
+        while _watchdogs:
+            _watchdogs.pop().end_marked()
+        os.environ.pop(CLUSTER_MARK, None)
+        raise _no_cluster(address, error) from error
     finally:
         protect_token()  # Ray may just have written it
+
+
+def _no_cluster(address: str | None, error: Exception) -> ClusterError:
+    found = f"{type(error).__name__}: {(str(error).strip() or 'no word of why').splitlines()[0]}"
+    if address is None:
+        return ClusterError(
+            "Ray on this machine",
+            found=found,
+            needed="a private cluster that starts",
+            action="Run the same command again: a busy machine is slow to start. If it stays, look for what is short "
+            "(`rlhf doctor`; Ray's logs are in session_latest/logs of its temporary folder, /tmp/ray): memory, space "
+            "in /dev/shm and /tmp, ports.",
+        )
+    return ClusterError(
+        f"ray.address {address}",
+        found=found,
+        needed="a Ray cluster that answers there",
+        action="Check the address and that the cluster runs (`ray status`) with this environment's versions of Ray and "
+        "Python; unset ray.address to start a private cluster here.",
+    )
 
 
 def disconnect() -> None:

@@ -53,6 +53,17 @@ class Watchdog:
                 self._process.kill()
                 self._process.wait(10.0)
 
+    def end_marked(self) -> None:
+        """Ends what carries the mark now, as if this process had died; returns when it is done, at last after a while.
+
+        For a cluster that did not come up: whoever started it has no handle of what it had started by then.
+        """
+        try:  # its input ends without the word that dismisses it
+            self._process.communicate(timeout=GRACE_S + LIMIT_S + 10.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10.0)
+
 
 def marked(mark: str) -> list[int]:
     """Ids of this user's living processes that were started with the mark, without this one."""
