@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.store import Store, fetch_all, fetch_payload
+from actors.store import Store, evidence_of, fetch_all, fetch_payload
 from rlhf.evaluation.bootstrap import resampled_by
 from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.evaluation.independent import VaderScorer
@@ -28,7 +29,7 @@ class EvaluatorWorker:
     """Measures completions with the independent scorer and summarises them.
 
     Args:
-        run_dir: The run directory; ``eval/completions.parquet`` is written there.
+        run_dir: The run directory; tables are written there.
         store: Where groups live.
         config: Intervals, signs, and which columns name slice and subject.
     """
@@ -49,25 +50,46 @@ class EvaluatorWorker:
     def stop(self) -> None:
         """Nothing to give back."""
 
-    def evaluate(self, arms: Arms, num_samples: int, instruments: Instruments) -> dict[str, Any]:
-        """Writes the table and returns ``EvalSummary`` as plain JSON.
+    def evaluate(self, stage: str, arms: Arms, num_samples: int, instruments: Instruments) -> dict[str, Any]:
+        """Writes the tables and returns ``EvalSummary`` as plain JSON.
+
+        ``eval/STAGE/completions.parquet`` has the arms, ``eval/STAGE/samples.parquet`` every completion that was drawn,
+        and ``verdicts/STAGE.ARM.parquet`` what the judge said of them.
 
         Args:
+            stage: Names the tables.
             arms: ``before`` may have more siblings than ``num_samples``: the first ones are the arm itself, and the
                 best of all of them by the reward model is the arm ``best_of_n``.
             num_samples: Completions per prompt in an arm.
             instruments: What is measured.
         """
         rows: list[EvalCompletion] = []
+        drawn: list[dict[str, Any]] = []
         for arm, groups in arms.items():
             payloads = fetch_all(groups, self._store, fetch_payload, where="evaluator")
+            self._write_verdicts(stage, arm, groups, payloads)
             for handle, group in zip(groups, payloads, strict=True):
                 siblings = self._rows(arm, handle, group, instruments)
+                best = _best(siblings) if len(siblings) > num_samples else None
                 rows += siblings[:num_samples]
-                if len(siblings) > num_samples:
-                    rows += _best(siblings)
-        tables.write_table(self._run_dir / "eval" / "completions.parquet", to_wide(rows), tables.EVAL)
+                if best is not None:
+                    rows.append(dataclasses.replace(best, arm="best_of_n", sample=0))
+                version = max(handle.weight_versions)
+                drawn += [
+                    dataclasses.asdict(row) | {"weight_version": version, "best_of_n": row is best} for row in siblings
+                ]
+        folder = self._run_dir / "eval" / stage
+        tables.write_table(folder / "samples.parquet", drawn, tables.SAMPLES)
+        tables.write_table(folder / "completions.parquet", to_wide(rows), tables.EVAL)
         return grade(rows, self._config, unmeasured=instruments.unmeasured).model_dump(mode="json")
+
+    def _write_verdicts(
+        self, stage: str, arm: str, groups: Sequence[GroupHandle], payloads: Sequence[RolloutGroup]
+    ) -> None:
+        given = fetch_all(groups, self._store, evidence_of, where="evaluator")
+        rows = [row for group, some in zip(payloads, given, strict=True) for row in tables.verdict_rows(group, some)]
+        if rows:
+            tables.write_part(self._run_dir, "verdicts", stage, arm, rows)
 
     def judge_agreement(self, groups: Sequence[GroupHandle], rankings: Sequence[Ranking]) -> dict[str, float]:
         """Share of the ranked pairs that the independent scorer orders alike, as an ``Interval``; its ties count half.
@@ -124,11 +146,7 @@ class EvaluatorWorker:
         return rows
 
 
-def _best(siblings: Sequence[EvalCompletion]) -> list[EvalCompletion]:
-    import dataclasses
-
+def _best(siblings: Sequence[EvalCompletion]) -> EvalCompletion | None:
+    """The one that the reward model likes best, the first of equals; None where it scored none."""
     scored = [row for row in siblings if row.reward_model is not None]
-    if not scored:
-        return []
-    best = max(scored, key=lambda row: (row.reward_model, -row.sample))
-    return [dataclasses.replace(best, arm="best_of_n", sample=0)]
+    return max(scored, key=lambda row: (row.reward_model, -row.sample)) if scored else None

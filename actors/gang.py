@@ -27,10 +27,17 @@ class LearnerGang:
         ranks: Actor handles of ``LearnerWorker``s, rank order.
         timeout_s: Longest wait for one call.
         meter: Is told the tokens of every update and annotation, and the seconds that they took.
+        num_epochs: Times that an update trains on each token.
     """
 
     def __init__(
-        self, role: str, ranks: Sequence[Any], *, timeout_s: float = 1800.0, meter: Meter = lambda role, tokens, s: None
+        self,
+        role: str,
+        ranks: Sequence[Any],
+        *,
+        timeout_s: float = 1800.0,
+        meter: Meter = lambda role, tokens, s: None,
+        num_epochs: int = 1,
     ) -> None:
         self.role = role
         self.ranks = list(ranks)
@@ -38,6 +45,7 @@ class LearnerGang:
         """Held over an update and over a whole publication, so that no export mixes two versions."""
         self._timeout_s = timeout_s
         self._meter = meter
+        self._num_epochs = num_epochs
 
     async def call(self, method: str, args_of_rank: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> list[Any]:
         """Calls a method on every rank and returns the results in rank order.
@@ -89,7 +97,7 @@ class LearnerGang:
         self._require_ranks()
         shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:
-            with self._metered(groups):
+            with self._metered(groups, self._num_epochs):
                 results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
         metrics = dict(results[0])
         if metrics.get("consecutive_skips", 0) >= 3:
@@ -114,10 +122,10 @@ class LearnerGang:
         return [annotated[i] for i in range(len(groups))]
 
     @contextlib.contextmanager
-    def _metered(self, groups: Sequence[GroupHandle]) -> Iterator[None]:
+    def _metered(self, groups: Sequence[GroupHandle], times: int = 1) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self._meter(self.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
+        self._meter(self.role, times * sum(group.num_tokens for group in groups), time.monotonic() - began)
 
     async def save(self, directory: Path) -> None:
         """See ``Learner.save``."""

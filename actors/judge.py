@@ -1,13 +1,14 @@
-"""The judge role: rollout groups in, verdicts or scores out.
+"""The judge role: rollout groups in, verdicts and scores out.
 
-``JudgeBase`` is what every judge does: fetch groups, put the constitution's questions, keep answers, make verdicts. A
-judge itself only answers questions. ``JudgeWorker`` answers from the label log-probabilities of a vLLM engine of its
-own; ``actors.judge_openai`` from those of a service.
+``JudgeBase`` is what every judge does: fetch groups, put the constitution's questions, keep answers, make verdicts, and
+put these into the store, from where the recorder takes them. A judge itself only answers questions. ``JudgeWorker``
+answers from the label log-probabilities of a vLLM engine of its own; ``actors.judge_openai`` from those of a service.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -24,8 +25,9 @@ from actors.vllm.processes import Cores
 from rlhf.errors import ConfigError, JudgeError
 from rlhf.feedback.constitution import Constitution, ContentFreeCentre, load_constitution
 from rlhf.feedback.prompts import JudgeRequest, build_requests, content_free_request, prompt_text
+from rlhf.feedback.shuffled import shuffle_verdicts
 from rlhf.feedback.verdicts import cache_key, fixed_centre, label_margin, make_verdict
-from rlhf.types import GroupHandle, RolloutGroup, Score, Verdict
+from rlhf.types import GroupHandle, Handle, Judgement, RolloutGroup, Score, Verdict
 
 _MAX_CACHED = 200_000
 
@@ -37,10 +39,12 @@ class Answer:
     Attributes:
         log_probs: Log-probability of each label as the continuation, in nats; None where there is no answer.
         error: Why there is none.
+        num_tokens: Tokens of the question as the judge read it; 0 where it knew the answer, or a service does not say.
     """
 
     log_probs: Mapping[str, float] | None
     error: str = ""
+    num_tokens: int = 0
 
 
 class JudgeBase(ABC):
@@ -98,8 +102,34 @@ class JudgeBase(ABC):
     async def stop(self) -> None:
         """Gives everything back that ``start`` took."""
 
-    async def judge(self, groups: Sequence[GroupHandle], constitution: str) -> list[tuple[Verdict, ...]]:
+    async def judge(self, groups: Sequence[GroupHandle], constitution: str, shuffled: bool = False) -> list[Judgement]:
+        """Puts the verdicts on each group into the store, and returns where they are with what a loop has to know.
+
+        Args:
+            groups: What is judged.
+            constitution: Which one.
+            shuffled: Deal the verdicts out at random among siblings: the null arm.
+        """
+        rows = await self._verdicts(groups, constitution)
+        if shuffled:
+            rows = [(shuffle_verdicts(verdicts, self._seed), num_tokens) for verdicts, num_tokens in rows]
+        stored = await asyncio.gather(*(asyncio.to_thread(self._put, verdicts) for verdicts, _ in rows))
+        return [
+            _judgement(group, handle, verdicts, num_tokens)
+            for group, [handle], (verdicts, num_tokens) in zip(groups, stored, rows, strict=True)
+        ]
+
+    async def verdicts(self, groups: Sequence[GroupHandle], constitution: str) -> list[tuple[Verdict, ...]]:
         """Returns, per group, the verdicts on its siblings (pointwise) or on both orders of each pair (pairwise)."""
+        return [verdicts for verdicts, _ in await self._verdicts(groups, constitution)]
+
+    def _put(self, verdicts: tuple[Verdict, ...]) -> list[Handle]:
+        return [self._store.put(verdicts)]
+
+    async def _verdicts(
+        self, groups: Sequence[GroupHandle], constitution: str
+    ) -> list[tuple[tuple[Verdict, ...], int]]:
+        """The verdicts on each group, and the tokens that were read for them."""
         began = time.monotonic()
         rules = self._named(constitution)
         centre = await self._centre(constitution, rules)
@@ -119,14 +149,9 @@ class JudgeBase(ABC):
         self._stats["num_verdicts"] += sum(len(row) for row in verdicts)
         self._stats["num_missing"] += sum(verdict.value is None for row in verdicts for verdict in row)
         self._stats["seconds"] += time.monotonic() - began
-        return verdicts
-
-    async def score(self, groups: Sequence[GroupHandle], constitution: str) -> list[tuple[Score, ...]]:
-        """Returns one score per sibling: the signed, centred margin, or the mean of it over a sibling's pairs."""
-        rows = await self.judge(groups, constitution)
         return [
-            tuple(_score(k, verdicts) for k in range(len(group.completion_lengths)))
-            for group, verdicts in zip(groups, rows, strict=True)
+            (given, sum(said.num_tokens for said in answered))
+            for given, answered in zip(verdicts, answers, strict=True)
         ]
 
     async def stats(self) -> Mapping[str, float]:
@@ -164,7 +189,10 @@ class JudgeBase(ABC):
     async def _answers(
         self, rules: Constitution, payloads: Sequence[RolloutGroup], questions: Sequence[Sequence[JudgeRequest]]
     ) -> list[list[Answer]]:
-        """Answers from the cache where it can; equal questions are asked once. Only real answers are kept."""
+        """Answers from the cache where it can; equal questions are asked once. Only real answers are kept.
+
+        The tokens of a question stand with the first of those that asked it.
+        """
         keys = [
             [self._key(rules, payload, request) for request in asked]
             for payload, asked in zip(payloads, questions, strict=True)
@@ -181,15 +209,34 @@ class JudgeBase(ABC):
                     fresh.setdefault(key, request)
         for key, answer in zip(fresh, await self._ask(list(fresh.values())), strict=True):
             known[key] = answer
+            self._stats["num_tokens"] += answer.num_tokens
             if answer.log_probs is not None and self._keep_answers:
                 self._cache[key] = answer.log_probs
         while len(self._cache) > _MAX_CACHED:
             self._cache.popitem(last=False)
-        return [[known[key] for key in row] for row in keys]
+        answers: list[list[Answer]] = []
+        for row in keys:
+            answers.append([])
+            for key in row:
+                answers[-1].append(known[key])
+                known[key] = dataclasses.replace(known[key], num_tokens=0)
+        return answers
 
     def _key(self, rules: Constitution, payload: RolloutGroup, request: JudgeRequest) -> str:
         texts = [payload.rollouts[k].completion.text for k in request.samples]
         return cache_key(self._judge, rules, prompt_text(payload.prompt), texts)
+
+
+def _judgement(group: GroupHandle, handle: Handle, verdicts: Sequence[Verdict], num_tokens: int) -> Judgement:
+    scores = [_score(k, verdicts) for k in range(len(group.completion_lengths))]
+    return Judgement(
+        uid=group.uid,
+        verdicts=handle,
+        scores=tuple(dataclasses.replace(score, evidence=(handle,)) for score in scores),
+        num_verdicts=len(verdicts),
+        errors=tuple(verdict.error for verdict in verdicts if verdict.value is None),
+        num_tokens=num_tokens,
+    )
 
 
 def _score(sibling: int, verdicts: Sequence[Verdict]) -> Score:
@@ -277,12 +324,12 @@ class JudgeWorker(JudgeBase):
                 error = f"the judge's text has {len(ids)} tokens and its context is {self._max_model_len}"
                 answers[index] = Answer(None, error)
                 continue
-            self._stats["num_tokens"] += len(ids)
             by_labels.setdefault(request.labels, []).append((index, Request(request.uid, ids)))
         for labels, asked in by_labels.items():
             rows = await self._engine.label_log_probs([request for _, request in asked], self._label_ids[labels])
-            for (index, _), row in zip(asked, rows, strict=True):
-                answers[index] = Answer(dict(zip(labels, row, strict=True)))
+            for (index, question), row in zip(asked, rows, strict=True):
+                log_probs = dict(zip(labels, row, strict=True))
+                answers[index] = Answer(log_probs, num_tokens=len(question.prompt_ids))
         return [answers[index] for index in range(len(requests))]
 
     async def stop(self) -> None:

@@ -7,6 +7,7 @@ is checked like any other input from outside: an answer that is not what was ask
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,7 @@ class OpenAIJudgeWorker(JudgeBase):
             return Answer(None, f"not a reply with log-probabilities: {fault['msg']}")
         except _RefusedError:
             return Answer(None, "the judge refused")
-        return self._answer(request, found)
+        return dataclasses.replace(self._answer(request, found), num_tokens=_tokens_read(text))
 
     async def _reply(self, request: JudgeRequest) -> str:
         """Returns the reply's body as it came; what it holds is for the caller to check."""
@@ -182,6 +183,14 @@ class OpenAIJudgeWorker(JudgeBase):
             await client.close()
 
 
+class _Usage(BaseModel):
+    prompt_tokens: int = Field(ge=0)
+
+
+class _UsageReply(BaseModel):
+    usage: _Usage
+
+
 class _RefusedError(Exception):
     """The service declined to answer."""
 
@@ -200,6 +209,14 @@ def _text_tokens(text: str) -> list[tuple[str, float]]:
     if choice.logprobs is None or not choice.logprobs.top_logprobs:
         return []
     return list(choice.logprobs.top_logprobs[0].items())
+
+
+def _tokens_read(text: str) -> int:
+    """Tokens of the question by the service's own count; 0 where it gives none, which spoils no verdict."""
+    try:
+        return _UsageReply.model_validate_json(text).usage.prompt_tokens
+    except ValidationError:
+        return 0
 
 
 def _bare(label: str) -> str:

@@ -6,24 +6,24 @@ rollout outlives the replica that drew it.
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.store import Store, fetch_all, fetch_payload
+from actors.store import Store, evidence_of, fetch_all, fetch_payload
 from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
-from rlhf.errors import RecordError
-from rlhf.evaluation.completions import EvalCompletion, to_wide
 from rlhf.evaluation.text import measure_texts
-from rlhf.runs import tables
+from rlhf.feedback.rankings import RankingConfig, ranking_from_verdicts
+from rlhf.runs import names, tables
 from rlhf.types import (
     Completion,
     GroupHandle,
     Handle,
+    Judgement,
     Prompt,
     Ranking,
     Rollout,
@@ -31,8 +31,6 @@ from rlhf.types import (
     TrainGroup,
     Verdict,
 )
-
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
 
 
 def pointwise_scores(num_samples: int, verdicts: Sequence[Verdict]) -> list[float | None]:
@@ -78,19 +76,20 @@ class RecorderWorker:
         """
         return [self._store.put(value)]
 
-    def record(self, step: int, groups: Sequence[GroupHandle]) -> int:
-        """Writes the rollouts of one step of the online loop with their scores; returns the number of rows.
+    def record(self, stage: str, step: int, groups: Sequence[GroupHandle]) -> int:
+        """Writes the rollouts of one step of the online loop with their scores and verdicts; returns the rollouts.
 
-        A step that is done again after a resume replaces its own file.
+        A step that is done again after a resume replaces its own files.
         """
-        return self._write_groups(f"step_{step:06d}", groups, step)
+        return self._write_scored(stage, names.step_part(step), groups, step)
 
     def record_validation(
-        self, num_updates: int, groups: Sequence[GroupHandle], subject_field: str, keywords_field: str
+        self, stage: str, num_updates: int, groups: Sequence[GroupHandle], subject_field: str, keywords_field: str
     ) -> dict[str, float]:
-        """Writes the samples of a validation with their scores.
+        """Writes the samples of a validation with their scores and verdicts.
 
         Args:
+            stage: Whose validation it is.
             num_updates: Updates done before it.
             groups: The samples.
             subject_field: Data column that names what a text has to be about.
@@ -99,7 +98,7 @@ class RecorderWorker:
         Returns:
             ``rlhf.evaluation.text.measure_texts`` of all of them.
         """
-        self._write_groups(f"validation_{num_updates:06d}", groups, num_updates)
+        self._write_scored(stage, names.validation_part(num_updates), groups, num_updates)
         texts, subjects = [], []
         for group in self._groups(groups):
             fields = group.prompt.fields
@@ -107,45 +106,62 @@ class RecorderWorker:
             subjects += [(fields.get(subject_field, ""), fields.get(keywords_field, ""))] * len(group.rollouts)
         return measure_texts(texts, subjects)
 
-    def record_groups(self, name: str, groups: Sequence[GroupHandle]) -> int:
-        """Writes rollouts that belong to no step, for example of the feedback stage."""
-        return self._write_groups(name, groups, None)
+    def record_groups(self, stage: str, part: str, groups: Sequence[GroupHandle], step: int | None = None) -> int:
+        """Writes rollouts with their scores; returns the number of rows."""
+        rows = []
+        for handle, group in zip(groups, self._groups(groups), strict=True):
+            rows += tables.rollout_rows(group, handle.scores, step)
+        tables.write_part(self._run, "rollouts", stage, part, rows)
+        return len(rows)
 
-    def record_verdicts(self, name: str, groups: Sequence[GroupHandle], verdicts: Sequence[Sequence[Verdict]]) -> int:
+    def record_verdicts(
+        self, stage: str, part: str, groups: Sequence[GroupHandle], verdicts: Sequence[Sequence[Verdict]]
+    ) -> int:
         """Writes the verdicts on groups, one sequence per group, with the texts judged; returns the number of rows."""
         rows = []
         for group, given in zip(self._groups(groups), verdicts, strict=True):
             rows += tables.verdict_rows(group, given)
-        tables.write_table(self._path("verdicts", name), rows, tables.VERDICTS)
+        tables.write_part(self._run, "verdicts", stage, part, rows)
         return len(rows)
 
-    def record_rankings(self, name: str, rankings: Sequence[Ranking]) -> int:
+    def record_rankings(self, stage: str, part: str, rankings: Sequence[Ranking]) -> int:
         """Writes rankings; returns their number."""
-        tables.write_table(self._path("rankings", name), tables.ranking_rows(rankings), tables.RANKINGS)
+        tables.write_part(self._run, "rankings", stage, part, tables.ranking_rows(rankings))
         return len(rankings)
 
     def record_chunk(
         self,
+        stage: str,
         chunk: int,
         groups: Sequence[GroupHandle],
-        verdicts: Sequence[Sequence[Verdict]],
-        rankings: Sequence[Ranking],
+        judgements: Sequence[Judgement],
+        ranking: RankingConfig,
     ) -> None:
-        """Writes one chunk of the feedback stage; its training groups come last and say that the chunk is complete."""
-        name = f"feedback_{chunk:04d}"
-        self.record_groups(name, groups)
-        self.record_verdicts(name, groups, verdicts)
-        self.record_rankings(name, rankings)
+        """Ranks and writes one chunk of the feedback stage; its training groups come last: then it is complete."""
+        part = names.chunk_part(chunk)
+        scored = [
+            dataclasses.replace(group, scores=judgement.scores)
+            for group, judgement in zip(groups, judgements, strict=True)
+        ]
+        verdicts = fetch_all(scored, self._store, evidence_of, where="recorder")
+        rankings = [
+            ranking_from_verdicts(group.uid, len(group.completion_lengths), given, ranking, source="judge")
+            for group, given in zip(groups, verdicts, strict=True)
+        ]
+        self.record_groups(stage, part, scored)
+        self.record_verdicts(stage, part, groups, verdicts)
+        self.record_rankings(stage, part, rankings)
         scores = [
             pointwise_scores(len(ranking.ranks), given) for ranking, given in zip(rankings, verdicts, strict=True)
         ]
         trained = groups_from_feedback(self._groups(groups), rankings, scores)
-        write_groups(self._run / "groups" / f"{name}.parquet", trained)
+        write_groups(self._path("groups", stage, part), trained)
 
-    def import_people_feedback(self, config: PreferenceDataConfig, model: Path, max_tokens: int) -> int:
+    def import_people_feedback(self, stage: str, config: PreferenceDataConfig, model: Path, max_tokens: int) -> int:
         """Turns a file of people's pairs, ranked lists or ratings into what the feedback stage leaves.
 
         Args:
+            stage: The feedback stage's name.
             config: Which file and how.
             model: Folder of the model to train; its tokenizer is used.
             max_tokens: Longest prompt and completion together.
@@ -161,72 +177,62 @@ class RecorderWorker:
         tokenizer = load_tokenizer(str(model))
         feedback = load_people_feedback(config, tokenizer, max_tokens)
         groups = feedback_groups(feedback, tokenizer)
-        name = "feedback_0000"
+        part = names.chunk_part(0)
         rows = []
         for item, group in zip(feedback, groups, strict=True):
             rows += tables.rollout_rows(people_group(item.prompt, item.completions, group), (), None)
-        tables.write_table(self._path("rollouts", name), rows, tables.ROLLOUTS)
-        self.record_rankings(name, [item.ranking for item in feedback])
-        write_groups(self._run / "groups" / f"{name}.parquet", groups)
+        tables.write_part(self._run, "rollouts", stage, part, rows)
+        self.record_rankings(stage, part, [item.ranking for item in feedback])
+        write_groups(self._path("groups", stage, part), groups)
         return len(feedback)
 
-    def has_chunk(self, chunk: int) -> bool:
+    def has_chunk(self, stage: str, chunk: int) -> bool:
         """Whether ``record_chunk`` came to its end for this chunk."""
-        return (self._run / "groups" / f"feedback_{chunk:04d}.parquet").is_file()
+        return self._path("groups", stage, names.chunk_part(chunk)).is_file()
 
-    def feedback_counts(self) -> dict[str, float]:
+    def feedback_counts(self, stage: str) -> dict[str, float]:
         """Verdicts asked for, the fraction that is missing, and prompts with a ranking, over all chunks."""
-        names = [name for name in self.names("verdicts") if name.startswith("feedback_")]
-        verdicts = [verdict for name in names for verdict in self.read_verdicts(name)]
+        verdicts = [verdict for part in self.parts("verdicts", stage) for verdict in self.read_verdicts(stage, part)]
         missing = sum(verdict.value is None for verdict in verdicts)
         return {
             "num_verdicts": len(verdicts),
             "missing_fraction": missing / max(len(verdicts), 1),
             "num_rankings": sum(
-                any(rank is not None for rank in ranking.ranks) for ranking in self.feedback_rankings()
+                any(rank is not None for rank in ranking.ranks) for ranking in self.feedback_rankings(stage)
             ),
         }
 
-    def feedback_rankings(self) -> list[Ranking]:
+    def feedback_rankings(self, stage: str) -> list[Ranking]:
         """All rankings of the feedback stage, in the order in which its prompts were labelled."""
-        names = [name for name in self.names("rankings") if name.startswith("feedback_")]
-        return [ranking for name in names for ranking in self.read_rankings(name)]
+        return [ranking for part in self.parts("rankings", stage) for ranking in self.read_rankings(stage, part)]
 
-    def feedback_groups(self) -> list[GroupHandle]:
+    def feedback_groups(self, stage: str) -> list[GroupHandle]:
         """All groups of the feedback stage, back in the store."""
-        names = [name for name in self.names("rollouts") if name.startswith("feedback_")]
-        return [handle for name in names for handle in self.read_groups(name)]
+        return [handle for part in self.parts("rollouts", stage) for handle in self.read_groups(stage, part)]
 
-    def record_eval(self, rows: Sequence[EvalCompletion], name: str = "completions") -> int:
-        """Writes the completions of an evaluation, one row per prompt and sample; returns the number of rows."""
-        wide = to_wide(rows)
-        tables.write_table(self._path("eval", name), wide, tables.EVAL)
-        return len(wide)
-
-    def read_groups(self, name: str) -> list[GroupHandle]:
+    def read_groups(self, stage: str, part: str) -> list[GroupHandle]:
         """Puts recorded groups back into the store, scores included, and returns their handles in the file's order."""
-        rows = tables.read_table(self._path("rollouts", name))
+        rows = tables.read_table(self._path("rollouts", stage, part))
         return [self._handle(group) for group in tables.groups_from_rows(rows)]
 
-    def read_verdicts(self, name: str) -> list[Verdict]:
+    def read_verdicts(self, stage: str, part: str) -> list[Verdict]:
         """Returns recorded verdicts in the file's order."""
-        return tables.verdicts_from_rows(tables.read_table(self._path("verdicts", name)))
+        return tables.verdicts_from_rows(tables.read_table(self._path("verdicts", stage, part)))
 
-    def read_rankings(self, name: str) -> list[Ranking]:
+    def read_rankings(self, stage: str, part: str) -> list[Ranking]:
         """Returns recorded rankings in the file's order."""
-        return tables.rankings_from_rows(tables.read_table(self._path("rankings", name)))
+        return tables.rankings_from_rows(tables.read_table(self._path("rankings", stage, part)))
 
-    def names(self, kind: str) -> list[str]:
-        """Names of the files of a kind (``"rollouts"``, ``"verdicts"``, ``"rankings"``, ``"eval"``), sorted."""
-        folder = self._path(kind, "x").parent
-        return sorted(p.stem for p in folder.glob("*.parquet") if _NAME.match(p.stem)) if folder.is_dir() else []
+    def parts(self, kind: str, stage: str) -> list[str]:
+        """The parts of a stage's table (``"rollouts"``, ``"verdicts"``, ``"rankings"``, ``"groups"``), sorted."""
+        files = self._path(kind, stage, "x").parent.glob(f"{stage}.*.parquet")
+        return sorted(file.name.removeprefix(f"{stage}.").removesuffix(".parquet") for file in files)
 
-    def _write_groups(self, name: str, groups: Sequence[GroupHandle], step: int | None) -> int:
-        rows = []
-        for handle, group in zip(groups, self._groups(groups), strict=True):
-            rows += tables.rollout_rows(group, handle.scores, step)
-        tables.write_table(self._path("rollouts", name), rows, tables.ROLLOUTS)
-        return len(rows)
+    def _write_scored(self, stage: str, part: str, groups: Sequence[GroupHandle], step: int) -> int:
+        """Verdicts first: once the rollouts are there, all of it is."""
+        if any(score.evidence for group in groups for score in group.scores):
+            self.record_verdicts(stage, part, groups, fetch_all(groups, self._store, evidence_of, where="recorder"))
+        return self.record_groups(stage, part, groups, step)
 
     def _groups(self, handles: Sequence[GroupHandle]) -> list[RolloutGroup]:
         return fetch_all(handles, self._store, fetch_payload, where="recorder")
@@ -243,8 +249,5 @@ class RecorderWorker:
             scores=scores if len(scores) == len(group.rollouts) else (),
         )
 
-    def _path(self, kind: str, name: str) -> Path:
-        if kind not in ("rollouts", "verdicts", "rankings", "eval") or not _NAME.match(name):
-            found, needed = repr(f"{kind}/{name}"), "a known kind and a plain word"
-            raise RecordError("recorder", found=found, needed=needed, action="Use letters, digits, '-' and '_'.")
-        return self._run / kind / f"{name}.parquet"
+    def _path(self, kind: str, stage: str, part: str) -> Path:
+        return tables.part_path(self._run, kind, stage, part)

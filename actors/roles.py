@@ -10,7 +10,8 @@ from typing import Any
 from actors.calls import await_ref
 from actors.fleet import Fleet
 from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
-from rlhf.types import GroupHandle, Prompt, Ranking, Score, Verdict
+from rlhf.feedback.rankings import RankingConfig
+from rlhf.types import GroupHandle, Judgement, Prompt, Score
 
 Meter = Callable[[str, int, float], None]
 """Receives a role, the tokens it worked through and the seconds that took."""
@@ -55,24 +56,39 @@ class FleetGenerator:
 
 
 class FleetJudge:
-    """``Judge`` and ``RewardSource`` over ``JudgeWorker`` replicas, under one constitution."""
+    """``Judge`` and ``RewardSource`` over ``JudgeWorker`` replicas, under one constitution.
+
+    Args:
+        fleet: The replicas.
+        constitution: Which of theirs.
+        meter: Is told the tokens that they read, where these are known.
+        shuffled: Whether verdicts are dealt out at random: the null arm.
+    """
 
     name = "judge"
 
-    def __init__(self, fleet: Fleet, constitution: str, meter: Meter) -> None:
+    def __init__(self, fleet: Fleet, constitution: str, meter: Meter, *, shuffled: bool = False) -> None:
         self._fleet = fleet
         self._constitution = constitution
         self._meter = meter
+        self._shuffled = shuffled
 
-    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
         """See ``Judge.judge``."""
         with _failing_as(JudgeError):
-            return await _metered(self._fleet, self._meter, "judge", groups, self._constitution)
+            return await self._judge(groups)
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``: signed, centred margins."""
         with _failing_as(ScorerError):
-            return await _metered(self._fleet, self._meter, "score", groups, self._constitution)
+            return [judgement.scores for judgement in await self._judge(groups)]
+
+    async def _judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
+        began = time.monotonic()
+        given: list[Judgement] = await self._fleet.scatter("judge", list(groups), self._constitution, self._shuffled)
+        if num_tokens := sum(judgement.num_tokens for judgement in given):
+            self._meter(self._fleet.role, num_tokens, time.monotonic() - began)
+        return given
 
 
 class FleetScorer:
@@ -102,7 +118,7 @@ class FleetAnnotator:
 
 
 class RemoteRecorder:
-    """``Recorder`` and ``LabelRecorder`` over the one ``RecorderWorker`` of a run.
+    """The one ``RecorderWorker`` of a run.
 
     Args:
         handle: The actor; it owns every rollout in the object store, so it lives as long as the run.
@@ -118,20 +134,29 @@ class RemoteRecorder:
         ref = getattr(self.handle, method).remote(*args)
         return await await_ref(ref, timeout_s=self._timeout_s, where=f"recorder.{method}")
 
+
+class StageRecorder:
+    """``Recorder`` and ``LabelRecorder`` of one stage: what it writes stands under its name.
+
+    Args:
+        recorder: The run's.
+        stage: The stage's name.
+        ranking: How the feedback stage's verdicts become rankings.
+    """
+
+    def __init__(self, recorder: RemoteRecorder, stage: str, ranking: RankingConfig | None = None) -> None:
+        self._recorder = recorder
+        self._stage = stage
+        self._ranking = ranking or RankingConfig()
+
     async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
         """See ``Recorder.record``."""
-        await self.call("record", step, list(groups))
+        await self._recorder.call("record", self._stage, step, list(groups))
 
-    async def record_chunk(
-        self,
-        chunk: int,
-        groups: Sequence[GroupHandle],
-        verdicts: Sequence[Sequence[Verdict]],
-        rankings: Sequence[Ranking],
-    ) -> None:
+    async def record_chunk(self, chunk: int, groups: Sequence[GroupHandle], judgements: Sequence[Judgement]) -> None:
         """See ``LabelRecorder.record_chunk``."""
-        await self.call("record_chunk", chunk, list(groups), list(verdicts), list(rankings))
+        await self._recorder.call("record_chunk", self._stage, chunk, list(groups), list(judgements), self._ranking)
 
     async def has_chunk(self, chunk: int) -> bool:
         """See ``LabelRecorder.has_chunk``."""
-        return bool(await self.call("has_chunk", chunk))
+        return bool(await self._recorder.call("has_chunk", self._stage, chunk))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from rlhf.errors import DeadlineError, RolloutsLostError, ValueLostError
-from rlhf.types import GroupHandle, Handle, RolloutGroup
+from rlhf.types import GroupHandle, Handle, RolloutGroup, Verdict
 
 T = TypeVar("T")
 
@@ -112,6 +112,12 @@ def fetch_payload(handle: GroupHandle, store: Store) -> RolloutGroup:
     """Reads one rollout group."""
     group: RolloutGroup = store.get(handle.payload)
     return group
+
+
+def evidence_of(handle: GroupHandle, store: Store) -> tuple[Verdict, ...]:
+    """Reads the verdicts behind a group's scores, each of them once; none where no judge was asked."""
+    handles = dict.fromkeys(evidence for score in handle.scores for evidence in score.evidence)
+    return tuple(verdict for evidence in handles for verdict in store.get(evidence))
 
 
 def fetch_all(

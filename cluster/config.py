@@ -19,7 +19,7 @@ from rlhf.config import StrictModel, apply_overrides, load_file, validate
 from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
 from rlhf.models.resolve import anchor_model
-from rlhf.runs.names import RUN_FOLDERS, is_stage_name
+from rlhf.runs.names import NOT_STAGES, RUN_FOLDERS, is_stage_name, validation_stage
 from rlhf.sampling import SamplingConfig
 
 Stage = Annotated[
@@ -97,7 +97,7 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        _check_names([stage.name for stage in self.stages])
+        _check_names(self.stages)
         if self.sampling.max_tokens >= self.max_sequence_tokens:
             raise ValueError(f"max_sequence_tokens above sampling.max_tokens ({self.sampling.max_tokens})")
         if self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
@@ -159,9 +159,15 @@ def roles_of(config: RunConfig, stage: Stage) -> set[str]:
             return {"learner"}
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _check_names(stages: Sequence[Stage]) -> None:
     """A stage's name is part of paths, and its own folder lies in the run directory beside the run's."""
+    names = [stage.name for stage in stages]
+    taken = {validation_stage(stage.name): stage.name for stage in stages if isinstance(stage, OnlineStage)}
     for name in names:
+        if name in taken:
+            raise ValueError(f"another name for the stage {name!r}: the validations of {taken[name]!r} have it")
+        if name in NOT_STAGES:
+            raise ValueError(f"another name for the stage {name!r}: the timings have a heading of that name")
         if not is_stage_name(name):
             raise ValueError(f"a stage name of letters, digits, '-' and '_' instead of {name!r}")
         if name in RUN_FOLDERS:

@@ -223,7 +223,8 @@ class RunContext:
         resources = section.resources
         placer = await Placer.reserved(role, resources, section.ranks)
         common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
-        gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s, meter=self.timings.add_tokens)
+        meter, num_epochs = self.timings.add_tokens, kwargs["algorithm"].num_epochs
+        gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s, meter=meter, num_epochs=num_epochs)
         try:
             for rank in range(section.ranks):
                 info = RankInfo(

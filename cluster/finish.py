@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from cluster.context import Policy, latest_policy, read_peak_memory
 from rlhf.evaluation.criteria import check_criteria
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
-from rlhf.runs.files import read_json
+from rlhf.runs.files import read_json, share_file
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.report import write_report
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary
@@ -49,16 +48,13 @@ def keep_policy(config: RunConfig, run: RunDirectory) -> None:
         return
     partial = run.policy.with_name(".policy")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(found, partial, copy_function=_share_file)
+    shutil.copytree(found, partial, copy_function=_share)
     shutil.rmtree(run.policy, ignore_errors=True)
     partial.rename(run.policy)
 
 
-def _share_file(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+def _share(source: str, target: str) -> str:
+    share_file(Path(source), Path(target))
     return target
 
 

@@ -11,9 +11,9 @@ from actors.calls import await_ref
 from actors.fleet import Fleet
 from actors.roles import FleetAnnotator, FleetJudge, FleetScorer
 from rlhf.evaluation.report_card import ReportCardConfig
-from rlhf.feedback.shuffled import JudgingSource, ShuffledJudge
+from rlhf.loops.gate import GatedSource
 from rlhf.models.resolve import resolve_model
-from rlhf.protocols import RewardSource
+from rlhf.protocols import PhaseGate, RewardSource
 from rlhf.rewards.config import RewardPart
 from rlhf.rewards.mixture import Mixture
 
@@ -135,26 +135,30 @@ async def evaluator(context: RunContext, config: ReportCardConfig) -> Fleet:
     return await context.fleet("evaluator", EvaluatorWorker, kwargs)
 
 
-def training_judge(context: RunContext, fleet: Fleet) -> JudgingSource:
-    """The judge that is learned from; in a null arm one whose verdicts are dealt out at random."""
-    judge = FleetJudge(fleet, "training", context.timings.add_tokens)
-    return ShuffledJudge(judge, context.config.seed) if context.config.shuffle_verdicts else judge
+def training_judge(context: RunContext, fleet: Fleet) -> FleetJudge:
+    """The judge that is learned from; in a null arm its verdicts are dealt out at random."""
+    return FleetJudge(fleet, "training", context.timings.add_tokens, shuffled=context.config.shuffle_verdicts)
 
 
-async def build_rewards(context: RunContext, parts: Sequence[RewardPart]) -> Mixture:
-    """The weighted mixture of a stage's reward sources."""
+async def build_rewards(context: RunContext, parts: Sequence[RewardPart], gate: PhaseGate) -> Mixture:
+    """The weighted mixture of a stage's reward sources, each of which holds the gate under its own role."""
     from actors.rules import RulesWorker
 
     sources: list[RewardSource] = []
     for part in parts:
         meter = context.timings.add_tokens
+        source: RewardSource
         if part.source == "reward_model":
-            sources.append(FleetScorer("reward_model", await scorer_fleet(context), meter))
+            fleet = await scorer_fleet(context)
+            source = FleetScorer("reward_model", fleet, meter)
         elif part.source == "judge":
-            sources.append(training_judge(context, await judge_fleet(context)))
+            fleet = await judge_fleet(context)
+            source = training_judge(context, fleet)
         else:
             kwargs = {"rules": part.rules, "store": await context.store()}
-            sources.append(FleetScorer("rules", await context.fleet("rules", RulesWorker, kwargs), meter))
+            fleet = await context.fleet("rules", RulesWorker, kwargs)
+            source = FleetScorer("rules", fleet, meter)
+        sources.append(GatedSource(source, gate, fleet.role))
     return Mixture(sources, parts)
 
 

@@ -84,7 +84,7 @@ async def _verdicts(config: RunConfig, constitution: Constitution, texts: Sequen
     await judge.start()
     try:
         groups = [_group(index, text, fields) for index, text in enumerate(texts)]
-        return [given[0] for given in await judge.judge(groups, "training")]
+        return [given[0] for given in await judge.verdicts(groups, "training")]
     finally:
         await judge.stop()
 

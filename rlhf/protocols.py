@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from rlhf.types import GroupHandle, Prompt, Score, Verdict
+from rlhf.types import GroupHandle, Judgement, Prompt, Score
 
 
 class Generator(Protocol):
@@ -32,6 +32,9 @@ class Generator(Protocol):
 class RewardSource(Protocol):
     """Scores rollout groups: a reward model, a judge or rule functions. Stateless, so a call may be repeated.
 
+    In the online loop a source holds the gate by itself, under the role that computes (see
+    ``rlhf.loops.gate.GatedSource``): behind a mixture one role computes after the other.
+
     A completion that could not be scored comes back as ``Score(None, error=...)``; only the loss of the whole source
     raises (``ScorerError``), and that of the groups themselves (``RolloutsLostError``).
     """
@@ -46,12 +49,13 @@ class RewardSource(Protocol):
 class Judge(Protocol):
     """Gives verdicts on rollout groups under a constitution. Stateless, so a call may be repeated.
 
+    The verdicts themselves stay where the judge put them; what comes back says where, and what a loop has to know.
     A missing verdict is a ``Verdict`` with value None and its error; only the loss of the whole fleet raises
     (``JudgeError``), and that of the groups themselves (``RolloutsLostError``).
     """
 
-    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
-        """Returns, per group, the verdicts on its siblings in a fixed order."""
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
+        """Returns, per group, where the verdicts on its siblings are."""
         ...
 
 
@@ -121,5 +125,5 @@ class Recorder(Protocol):
     """
 
     async def record(self, step: int, groups: Sequence[GroupHandle]) -> None:
-        """Writes the groups with their scores; returns when they are on disk."""
+        """Writes the groups with their scores and the verdicts behind these; returns when they are on disk."""
         ...

@@ -91,11 +91,14 @@ class Score:
         value: The score, or None where the source failed: a failure is never a number.
         components: Named parts, for example ``{"reward_model": 1.2, "length": -0.1}``.
         error: Why the value is missing; empty where there is one.
+        evidence: Handles of the verdicts behind it, each a tuple of ``Verdict``: for the record, which is not written
+            through whoever passes the score on.
     """
 
     value: float | None
     components: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
+    evidence: tuple[Handle, ...] = ()
 
     @property
     def status(self) -> RolloutStatus:
@@ -168,6 +171,27 @@ class Verdict:
     reason: str = ""
     judge: str = ""
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the driver knows of a judge's verdicts on one rollout group: where they live, and scalars.
+
+    Attributes:
+        uid: The prompt's uid.
+        verdicts: Handle of the tuple of ``Verdict``, with their reasons.
+        scores: One per sibling: its own verdict's value, or the mean over its pairs. [K]
+        num_verdicts: Verdicts asked for.
+        errors: Why each missing one is missing.
+        num_tokens: Tokens that the judge read for them; 0 where it knew the answers, or a service does not say.
+    """
+
+    uid: str
+    verdicts: Handle
+    scores: tuple[Score, ...]
+    num_verdicts: int
+    errors: tuple[str, ...] = ()
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

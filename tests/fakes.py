@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.loops.online import Hooks, LoopConfig, OnlineRoles
-from rlhf.types import GroupHandle, Prompt, Score, Verdict
+from rlhf.types import GroupHandle, Judgement, Prompt, Score, Verdict
 
 
 def make_prompts(num_prompts: int) -> list[Prompt]:
@@ -132,12 +132,15 @@ class FakeRun:
     def state(self) -> Mapping[str, Any]:
         return {"num_scored": self.num_scored}
 
-    async def judge(self, groups: Sequence[GroupHandle]) -> list[tuple[Verdict, ...]]:
+    async def judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
         await self._call("judge", groups[0].uid)
-        return [
-            tuple(Verdict(g.uid, (k,), self.score_of(g.uid, k).value) for k in range(len(g.completion_lengths)))
-            for g in groups
-        ]
+        return [self._judgement(group) for group in groups]
+
+    def _judgement(self, group: GroupHandle) -> Judgement:
+        scores = tuple(self.score_of(group.uid, k) for k in range(len(group.completion_lengths)))
+        verdicts = tuple(Verdict(group.uid, (k,), score.value) for k, score in enumerate(scores))
+        errors = tuple(score.error for score in scores if score.value is None)
+        return Judgement(group.uid, verdicts, scores, len(verdicts), errors)
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         await self._call("annotate", groups[0].uid)

@@ -9,19 +9,20 @@ if TYPE_CHECKING:
     from cluster.context import RunContext
 
 
-async def judge_agreement(context: RunContext, uids: Collection[str] | None = None) -> dict[str, float]:
+async def judge_agreement(context: RunContext, feedback: str, uids: Collection[str] | None = None) -> dict[str, float]:
     """Share of the feedback's ranked pairs that the independent scorer orders alike, as an ``Interval``.
 
     Args:
         context: The run, after its feedback stage.
+        feedback: That stage's name.
         uids: Prompts whose rankings count; None takes all.
     """
     from cluster.fleets import evaluator
     from rlhf.evaluation.report_card import ReportCardConfig
 
     recorder = await context.recorder()
-    rankings = await recorder.call("feedback_rankings")
-    groups = await recorder.call("feedback_groups")
+    rankings = await recorder.call("feedback_rankings", feedback)
+    groups = await recorder.call("feedback_groups", feedback)
     if uids is not None:
         rankings = [ranking for ranking in rankings if ranking.uid in uids]
     worker = await evaluator(context, ReportCardConfig())

@@ -54,8 +54,20 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
     }
     measured = {arm: await _measure(context, stage, groups, instruments) for arm, groups in arms.items()}
     worker = await evaluator(context, stage.report_card)
-    [report] = await worker.broadcast("evaluate", measured, stage.num_samples, instruments)
+    async with context.timed_gate(stage.name).hold("evaluator"):
+        [report] = await worker.broadcast("evaluate", stage.name, measured, stage.num_samples, instruments)
+    _show(context, stage)
     return {"eval": report, "notes": instruments.notes()}
+
+
+def _show(context: RunContext, stage: EvaluateStage) -> None:
+    """Makes ``eval/completions.parquet`` that of the last evaluation of the recipe, which the summary is made of."""
+    from rlhf.runs.files import share_file
+
+    evaluations = [other.name for other in context.config.stages if other.kind == "evaluate"]
+    later = evaluations[evaluations.index(stage.name) + 1 :]
+    if not any(context.run.is_complete(name) for name in later):
+        share_file(context.run.eval / stage.name / "completions.parquet", context.run.eval / "completions.parquet")
 
 
 async def _sample(
@@ -104,5 +116,6 @@ def _join(scored: Mapping[str, Sequence[Score]], group: GroupHandle) -> tuple[Sc
     for sibling in range(len(group.completion_lengths)):
         values = {name: scores[sibling].value for name, scores in scored.items()}
         parts = {name: value for name, value in values.items() if value is not None}
-        joined.append(Score(None, parts, "an evaluation has measures and no score"))
+        evidence = tuple(handle for scores in scored.values() for handle in scores[sibling].evidence)
+        joined.append(Score(None, parts, "an evaluation has measures and no score", evidence))
     return tuple(joined)

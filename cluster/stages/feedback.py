@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +13,6 @@ from rlhf.loops.label import LabelConfig
 
 if TYPE_CHECKING:
     from cluster.context import RunContext
-    from rlhf.types import Verdict
 
 
 class FeedbackStage(StrictModel):
@@ -58,22 +56,17 @@ async def run_feedback(context: RunContext, stage: FeedbackStage) -> dict[str, A
 async def _from_file(context: RunContext, stage: FeedbackStage) -> dict[str, Any]:
     recorder = await context.recorder()
     num_rankings = await recorder.call(
-        "import_people_feedback", stage.data, context.start.path, context.config.max_sequence_tokens
+        "import_people_feedback", stage.name, stage.data, context.start.path, context.config.max_sequence_tokens
     )
     return {"source": "people", "num_rankings": num_rankings}
 
 
 async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, Any]:
-    from actors.roles import FleetGenerator
+    from actors.roles import FleetGenerator, StageRecorder
     from cluster.fleets import generation_fleet, judge_fleet, training_judge
     from cluster.stages.agreement import judge_agreement
-    from rlhf.feedback.rankings import ranking_from_verdicts
     from rlhf.loops.label import LabelRoles, label
     from rlhf.runs.progress import Progress
-    from rlhf.types import Ranking
-
-    def rank(uid: str, num_samples: int, verdicts: Sequence[Verdict]) -> Ranking:
-        return ranking_from_verdicts(uid, num_samples, verdicts, stage.ranking, source="judge")
 
     prompts = context.prompts("train")[: stage.num_prompts or None]
     fleet = await generation_fleet(context, context.policy)
@@ -82,14 +75,13 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
     roles = LabelRoles(
         generator=FleetGenerator(fleet, context.timings.add_tokens),
         judge=judge,
-        recorder=recorder,
+        recorder=StageRecorder(recorder, stage.name, stage.ranking),
         gate=context.timed_gate(stage.name),
-        rank=rank,
         event=context.event,
     )
     with Progress(stage.name, len(prompts)) as bar:
         await label(roles, stage.loop, prompts, version=context.policy.version, progress=bar.advance)
-    results: dict[str, Any] = {"source": "judge", **await recorder.call("feedback_counts")}
+    results: dict[str, Any] = {"source": "judge", **await recorder.call("feedback_counts", stage.name)}
     if stage.measure_agreement:
-        results["judge_agreement"] = await judge_agreement(context)
+        results["judge_agreement"] = await judge_agreement(context, stage.name)
     return results

@@ -119,9 +119,9 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         await _fit(context, job)
     results = read_results(job)
     held_out = results.pop("held_out", ())
-    measured = any(s.kind == "feedback" and s.measure_agreement for s in context.config.stages)
+    measured = [s.name for s in context.config.stages if s.kind == "feedback" and s.measure_agreement]
     if measured and results.get("pair_accuracy") is not None:
-        results["judge_agreement"] = await judge_agreement(context, held_out)
+        results["judge_agreement"] = await judge_agreement(context, measured[0], held_out)
     if stage.kind != "reward":
         results["version"] = context.policy.version + 1
         results["policy"] = str(target.relative_to(context.run.root))

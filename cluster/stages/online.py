@@ -18,6 +18,7 @@ from rlhf.errors import LearnerError
 from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
+from rlhf.runs.names import step_part, table_file, validation_stage
 
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
@@ -142,7 +143,7 @@ class _OnlineRun:
         return await self._finish()
 
     async def _assemble(self, stack: AsyncExitStack) -> OnlineRoles:
-        from actors.roles import FleetGenerator
+        from actors.roles import FleetGenerator, StageRecorder
         from cluster.fleets import build_rewards, critic_gang, reference_annotator
         from rlhf.algorithms.build import build_algorithm
         from rlhf.data.prompts import PromptCursor
@@ -161,7 +162,8 @@ class _OnlineRun:
             annotators["critic"] = critic
             self.learners = {"critic": critic, "learner": self.gang}
         self.cursor = PromptCursor(context.prompts("train"), seed=context.config.seed)
-        self.rewards = await build_rewards(context, stage.rewards)
+        gate = context.timed_gate(stage.name)
+        self.rewards = await build_rewards(context, stage.rewards, gate)
         return OnlineRoles(
             prompts=self.cursor,
             generator=FleetGenerator(self.publisher.fleet, context.timings.add_tokens),
@@ -169,8 +171,8 @@ class _OnlineRun:
             annotators=annotators,
             learners=self.learners,
             publisher=self.publisher,
-            recorder=await context.recorder(),
-            gate=context.timed_gate(stage.name),
+            recorder=StageRecorder(await context.recorder(), stage.name),
+            gate=gate,
         )
 
     async def _resume(self) -> int:
@@ -188,7 +190,7 @@ class _OnlineRun:
                 self.validation_rewards.restore(measured_on)
             await self._load(found.path)
         self.context.metrics.resume(self.stage.name, step)
-        self.context.metrics.resume(f"{self.stage.name}-validation", step)
+        self.context.metrics.resume(validation_stage(self.stage.name), step)
         return step
 
     def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
@@ -202,7 +204,7 @@ class _OnlineRun:
         self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
         for name in self.learners:
             if num_skipped := metrics.get(f"{name}/skipped"):
-                batch = f"rollouts/step_{step:06d}.parquet"  # kept for a look at what was not finite
+                batch = f"rollouts/{table_file(self.stage.name, step_part(step))}"  # kept for a look at it
                 self._event("update_skipped", {"step": step + 1, "role": name, "num": num_skipped, "batch": batch})
         self.context.timings.write()
         self.progress.advance(score=metrics.get("rollout/score", float("nan")))
@@ -219,12 +221,12 @@ class _OnlineRun:
             groups = await self.roles.generator.generate(prompts, num_samples=1, version=version, exact=True)
         if self.validation_rewards is None:
             self.validation_rewards = self.rewards.measuring()
-        async with self.roles.gate.hold("scorer"):
-            scores = await self.validation_rewards.score(groups)
+        scores = await self.validation_rewards.score(groups)
         scored = [dataclasses.replace(group, scores=given) for group, given in zip(groups, scores, strict=True)]
         card = next((s.report_card for s in self.context.config.stages if s.kind == "evaluate"), ReportCardConfig())
         recorder = await self.context.recorder()
-        found = await recorder.call("record_validation", num_updates, scored, card.subject_field, card.keywords_field)
+        columns = (card.subject_field, card.keywords_field)
+        found = await recorder.call("record_validation", stage.name, num_updates, scored, *columns)
         measures = {f"validation/{name}": value for name, value in found.items()}
         values = [score.value for siblings in scores for score in siblings if score.value is not None]
         if not values:
@@ -232,7 +234,7 @@ class _OnlineRun:
             return
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)
-        self.context.metrics.log(f"{stage.name}-validation", num_updates, {"validation/score": mean} | measures)
+        self.context.metrics.log(validation_stage(stage.name), num_updates, {"validation/score": mean} | measures)
 
     async def _checkpoint(self, num_updates: int, collected: Mapping[str, Any]) -> None:
         from rlhf.runs import checkpoint

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from rlhf.errors import ConfigError
+from rlhf.protocols import PhaseGate, RewardSource
+from rlhf.types import GroupHandle, Score
 
 Hook = Callable[[], Awaitable[None]]
 
@@ -95,3 +97,26 @@ class BudgetGate:
                 self._free -= share
                 granted.set_result(None)
             self._queue.popleft()
+
+
+class GatedSource:
+    """A reward source that computes only while its role holds the gate.
+
+    A mixture asks sources of several roles one after the other; each has to be let in, and accounted for, by itself.
+
+    Args:
+        source: Does the scoring.
+        gate: Who may compute.
+        role: Whose devices the source computes on.
+    """
+
+    def __init__(self, source: RewardSource, gate: PhaseGate, role: str) -> None:
+        self.name = source.name
+        self._source = source
+        self._gate = gate
+        self._role = role
+
+    async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+        """See ``RewardSource.score``."""
+        async with self._gate.hold(self._role):
+            return await self._source.score(groups)

@@ -13,7 +13,7 @@ from rlhf.config import StrictModel
 from rlhf.feedback.missing import check_missing
 from rlhf.loops.rollouts import Event, Rollouts
 from rlhf.protocols import Generator, Judge, PhaseGate
-from rlhf.types import GroupHandle, Prompt, Ranking, Verdict
+from rlhf.types import GroupHandle, Judgement, Prompt
 
 
 class LabelConfig(StrictModel):
@@ -28,16 +28,10 @@ class LabelConfig(StrictModel):
 
 
 class LabelRecorder(Protocol):
-    """Writes a chunk's samples, verdicts and rankings; knows which chunks are complete."""
+    """Ranks a chunk's siblings by their verdicts and writes all of it; knows which chunks are complete."""
 
-    async def record_chunk(
-        self,
-        chunk: int,
-        groups: Sequence[GroupHandle],
-        verdicts: Sequence[Sequence[Verdict]],
-        rankings: Sequence[Ranking],
-    ) -> None:
-        """Returns when all three are on disk."""
+    async def record_chunk(self, chunk: int, groups: Sequence[GroupHandle], judgements: Sequence[Judgement]) -> None:
+        """Returns when samples, verdicts and rankings are on disk."""
         ...
 
     async def has_chunk(self, chunk: int) -> bool:
@@ -47,13 +41,12 @@ class LabelRecorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LabelRoles:
-    """The roles of the label loop; ``rank`` turns one group's verdicts into its ranking."""
+    """The roles of the label loop."""
 
     generator: Generator
     judge: Judge
     recorder: LabelRecorder
     gate: PhaseGate
-    rank: Callable[[str, int, Sequence[Verdict]], Ranking]
     event: Event
 
 
@@ -93,13 +86,9 @@ async def label(
 async def _judge_chunk(roles: LabelRoles, config: LabelConfig, chunk: int, groups: Sequence[GroupHandle]) -> int:
     """Judges, ranks and writes one chunk; returns its missing verdicts. May be repeated."""
     async with roles.gate.hold("judge"):
-        verdicts = await roles.judge.judge(groups)
-    errors = [verdict.error for given in verdicts for verdict in given if verdict.value is None]
-    total = sum(len(given) for given in verdicts)
+        judgements = await roles.judge.judge(groups)
+    errors = [error for judgement in judgements for error in judgement.errors]
+    total = sum(judgement.num_verdicts for judgement in judgements)
     check_missing(errors, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
-    rankings = [
-        roles.rank(group.uid, len(group.completion_lengths), given)
-        for group, given in zip(groups, verdicts, strict=True)
-    ]
-    await roles.recorder.record_chunk(chunk, groups, verdicts, rankings)
+    await roles.recorder.record_chunk(chunk, groups, judgements)
     return len(errors)

@@ -152,12 +152,11 @@ class StepRollouts(Rollouts):
         Raises:
             MissingFeedbackError: Too many scores of the step are missing.
         """
-        self._set_scores(range(len(self.groups)), await self.under("scorer", self._roles.rewards.score))
+        self._set_scores(range(len(self.groups)), await self.over(self._roles.rewards.score))
         self._done.append(self._score_again)
 
     async def _score_again(self, places: Sequence[int]) -> None:
-        async with self._gate.hold("scorer"):
-            scores = await self._roles.rewards.score([self.groups[place] for place in places])
+        scores = await self._roles.rewards.score([self.groups[place] for place in places])
         self._set_scores(places, scores)
 
     def _set_scores(self, places: Sequence[int], scores: Sequence[tuple[Score, ...]]) -> None:

@@ -17,7 +17,7 @@ def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
 
     A part of weight 0 is only recorded, so the sum does without it where it is missing. The components of the result
     are each part's value under its name, and the part's own components under ``name/component``, so that the record
-    shows what a reward is made of.
+    shows what a reward is made of; its evidence is that of all parts.
 
     Args:
         named: Name, weight and score of each part.
@@ -25,6 +25,7 @@ def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
     components: dict[str, float] = {}
     errors = []
     total = 0.0
+    evidence = tuple(handle for _, _, score in named for handle in score.evidence)
     for name, weight, score in named:
         components.update({f"{name}/{key}": value for key, value in score.components.items()})
         if score.value is None:
@@ -33,7 +34,7 @@ def combine_scores(named: Sequence[tuple[str, float, Score]]) -> Score:
             continue
         components[name] = score.value
         total += weight * score.value
-    return Score(None, components, "; ".join(errors)) if errors else Score(total, components)
+    return Score(None if errors else total, components, "; ".join(errors), evidence)
 
 
 class Mixture:
@@ -114,4 +115,4 @@ class Mixture:
             value = self._moments[part.source].normalise(value)
         if part.clip is not None:
             value = clip(value, *part.clip)
-        return Score(value, {**score.components, "raw": score.value})
+        return Score(value, {**score.components, "raw": score.value}, evidence=score.evidence)

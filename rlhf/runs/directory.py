@@ -4,7 +4,8 @@ Layout::
 
     config.yaml environment.json metrics.jsonl events.jsonl timings.json memory.json summary.json report.html
     stages/NAME.json            a finished stage and its results
-    rollouts/ verdicts/ rankings/ groups/ eval/     parquet
+    rollouts/ verdicts/ rankings/ groups/   STAGE.PART.parquet, see ``rlhf.runs.names``
+    eval/STAGE/                 parquet
     checkpoints/STAGE/step_N/   see ``rlhf.runs.checkpoint``
     policy/ reward_model/ STAGE/policy/   Hugging Face layout
     tensorboard/STAGE/ ray_train/STAGE/ control/

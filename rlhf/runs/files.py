@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,21 @@ def unwritable(path: Path, error: OSError) -> RecordError:
         needed="a writable directory with free space",
         action="Free space or mend the permissions, then run the same command again; it resumes.",
     )
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Makes ``target`` the same file as ``source`` (a copy where there are no hard links), whole or not at all."""
+    temporary = target.with_name(TEMPORARY + target.name)
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # a rename onto the same file does nothing
+    except OSError as error:
+        raise unwritable(target, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -188,7 +188,8 @@ def _curves(run: RunDirectory) -> str:
 
 
 def _feedback(run: RunDirectory, summary: Summary | None) -> str:
-    files = sorted(run.verdicts.glob("[!.]*.parquet")) if run.verdicts.is_dir() else []
+    stages = [stage["name"] for stage in run.resolved_config().get("stages", []) if stage.get("kind") == "feedback"]
+    files = [file for stage in stages for file in sorted(run.verdicts.glob(f"{stage}.*.parquet"))]
     lines = []
     if summary is not None and summary.feedback is not None:
         feedback = summary.feedback

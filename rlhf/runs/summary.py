@@ -77,7 +77,8 @@ class Summary(StrictModel):
     timings: dict[str, dict[str, float]]
     """Seconds by stage and phase."""
     throughput: dict[str, float]
-    """Tokens per second by role."""
+    """Tokens per second by role: drawn by generation, read by the judge and the models, trained on by learners, each
+    epoch anew."""
     peak_memory_gib: float = Field(ge=0.0)
     """Highest PSS of all processes of the run on the driver's machine."""
     versions: dict[str, str]

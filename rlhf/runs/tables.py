@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from rlhf.errors import RecordError
 from rlhf.evaluation.completions import ARMS, MEASURES
 from rlhf.runs.files import replacing
+from rlhf.runs.names import table_file
 from rlhf.types import (
     Completion,
     Message,
@@ -31,8 +32,12 @@ _NUMBER_MAP = pa.map_(pa.string(), pa.float64())
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SPANS = pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))
 
+_ORIGIN = [("stage", pa.string()), ("part", pa.string())]
+"""Who wrote a row: the stage, and which of its files (``rlhf.runs.names``)."""
+
 ROLLOUTS = pa.schema(
     [
+        *_ORIGIN,
         ("step", pa.int64()),
         ("uid", pa.string()),
         ("sample", pa.int32()),
@@ -55,6 +60,7 @@ ROLLOUTS = pa.schema(
 
 VERDICTS = pa.schema(
     [
+        *_ORIGIN,
         ("uid", pa.string()),
         ("samples", pa.list_(pa.int32())),
         ("value", pa.float64()),
@@ -68,23 +74,37 @@ VERDICTS = pa.schema(
 """One row per verdict with the texts that were judged, in the order shown; ``value`` is null where none was had."""
 
 RANKINGS = pa.schema(
-    [("uid", pa.string()), ("ranks", pa.list_(pa.int32())), ("source", pa.string())],
+    [*_ORIGIN, ("uid", pa.string()), ("ranks", pa.list_(pa.int32())), ("source", pa.string())],
 )
 """One row per prompt; 1 is best, equal ranks are ties, null is no verdict."""
 
 
+_SCHEMAS = {"rollouts": ROLLOUTS, "verdicts": VERDICTS, "rankings": RANKINGS}
+
+_EVAL_KINDS = {"num_tokens": pa.int64(), "finish_reason": pa.string()}
+
+
 def _eval_schema() -> pa.Schema:
-    kinds = {"num_tokens": pa.int64(), "finish_reason": pa.string()}
     columns = [("uid", pa.string()), ("sample", pa.int32())]
     columns += [(name, pa.string()) for name in ("prompt", "request", "subject", "keywords")]
     for arm in ARMS:
         columns.append((arm, pa.string()))
-        columns += [(f"{arm}_{name}", kinds.get(name, pa.float64())) for name in MEASURES]
+        columns += [(f"{arm}_{name}", _EVAL_KINDS.get(name, pa.float64())) for name in MEASURES]
     return pa.schema(columns)
+
+
+def _samples_schema() -> pa.Schema:
+    columns = [("uid", pa.string()), ("arm", pa.string()), ("sample", pa.int32())]
+    columns += [(name, pa.string()) for name in ("prompt", "request", "subject", "keywords", "text")]
+    columns += [(name, _EVAL_KINDS.get(name, pa.float64())) for name in MEASURES]
+    return pa.schema([*columns, ("weight_version", pa.int64()), ("best_of_n", pa.bool_())])
 
 
 EVAL = _eval_schema()
 """One row per held-out prompt and sample, see ``rlhf.evaluation.completions.to_wide``."""
+
+SAMPLES = _samples_schema()
+"""One row per completion that an evaluation drew, also those that no arm took; ``best_of_n`` marks a prompt's best."""
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -100,6 +120,31 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
         raise RecordError(str(path), found=found, needed=needed, action="Mend the writer of this row.") from error
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def part_path(run: Path, kind: str, stage: str, part: str) -> Path:
+    """Where one part of a stage's table is.
+
+    Args:
+        run: The run directory.
+        kind: ``"rollouts"``, ``"verdicts"``, ``"rankings"`` or ``"groups"``.
+        stage: The stage's name.
+        part: See ``rlhf.runs.names``.
+
+    Raises:
+        RecordError: A name is no plain word, so the file might lie elsewhere.
+    """
+    try:
+        return run / kind / table_file(stage, part)
+    except ValueError as error:
+        action = "Use letters, digits, '-' and '_'."
+        raise RecordError(f"{kind} of a run", found=str(error), needed="plain words", action=action) from None
+
+
+def write_part(run: Path, kind: str, stage: str, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one part of a stage's rollouts, verdicts or rankings, each row with its origin; see ``part_path``."""
+    origin = {"stage": stage, "part": part}
+    write_table(part_path(run, kind, stage, part), [origin | dict(row) for row in rows], _SCHEMAS[kind])
 
 
 def _arrow_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:

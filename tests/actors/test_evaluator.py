@@ -20,7 +20,18 @@ from rlhf.evaluation.instruments import RESULTS, Instruments
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.rewards.rules import NonEmptyRule, RepetitionRule
 from rlhf.runs.tables import read_table
-from rlhf.types import Completion, GroupHandle, Message, Prompt, Ranking, Rollout, RolloutGroup, Score, VersionSpan
+from rlhf.types import (
+    Completion,
+    GroupHandle,
+    Message,
+    Prompt,
+    Ranking,
+    Rollout,
+    RolloutGroup,
+    Score,
+    Verdict,
+    VersionSpan,
+)
 
 CARD = ReportCardConfig(bootstrap=BootstrapConfig(num_resamples=100))
 ALL = Instruments({})
@@ -51,8 +62,8 @@ def test_completions_are_measured_written_and_graded(tmp_path: Path) -> None:
         "before": [group("p/0", [PRAISE, PRAISE, SCORN], fields, margins)],
         "after": [group("p/0", [SCORN, SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}] * 2)],
     }
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 2, ALL)
-    rows = from_wide(read_table(tmp_path / "eval" / "completions.parquet"))
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 2, ALL)
+    rows = from_wide(read_table(tmp_path / "eval" / "final" / "completions.parquet"))
     assert grade(rows, CARD).model_dump(mode="json") == report, "the table holds all that the summary is made of"
     assert report["num_completions"] == {"before": 2, "after": 2, "best_of_n": 1}
     assert report["before"]["follows_request"]["mean"] == 0.0
@@ -64,13 +75,39 @@ def test_completions_are_measured_written_and_graded(tmp_path: Path) -> None:
     assert report["missing"] == {}
 
 
+def test_every_sample_drawn_and_every_verdict_on_it_is_kept(tmp_path: Path) -> None:
+    margins = [{"judge_margin": float(k), "reward_model": value} for k, value in enumerate((0.1, 0.9, 0.2, 0.9))]
+    before = group("p/0", [PRAISE, SCORN, "dull", "so so"], {}, margins)
+    said = tuple(Verdict("p/0", (k,), float(k), f"said {k}", "judge") for k in range(4))
+    before = dataclasses.replace(before, scores=tuple(dataclasses.replace(s, evidence=(said,)) for s in before.scores))
+    after = dataclasses.replace(group("p/0", [SCORN], {}, [{"reward_model": 0.5}]), weight_versions=(7, 7))
+    EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", {"before": [before], "after": [after]}, 1, NONE)
+    rows = read_table(tmp_path / "eval" / "final" / "samples.parquet")
+    assert [(row["arm"], row["sample"], row["text"]) for row in rows] == [
+        ("before", 0, PRAISE),
+        ("before", 1, SCORN),
+        ("before", 2, "dull"),
+        ("before", 3, "so so"),
+        ("after", 0, SCORN),
+    ]
+    assert [row["reward_model"] for row in rows] == [0.1, 0.9, 0.2, 0.9, 0.5]
+    assert [row["best_of_n"] for row in rows] == [False, True, False, False, False], "the first of equals"
+    assert [row["weight_version"] for row in rows] == [0, 0, 0, 0, 7]
+    (wide,) = read_table(tmp_path / "eval" / "final" / "completions.parquet")
+    assert (wide["before"], wide["after"], wide["best_of_n"]) == (PRAISE, SCORN, SCORN)
+    verdicts = read_table(tmp_path / "verdicts" / "final.before.parquet")
+    assert [(row["reason"], row["texts"]) for row in verdicts[:2]] == [("said 0", [PRAISE]), ("said 1", [SCORN])]
+    assert len(verdicts) == 4 and {(row["stage"], row["part"]) for row in verdicts} == {("final", "before")}
+    assert not (tmp_path / "verdicts" / "final.after.parquet").exists(), "no judge was asked there"
+
+
 def test_a_measure_that_could_not_be_had_is_missing_and_no_number(tmp_path: Path) -> None:
     fields = {"request": "scathing"}
     arms = {
         "before": [group("p/0", [PRAISE], fields, [{"reward_model": 0.1}])],
         "after": [group("p/0", [SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}])],
     }
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, ALL)
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, ALL)
     assert report["missing"] == {"before.judge_margin": 1}
     assert "judge_margin" not in report["before"] and report["win_rate"] is None
 
@@ -83,12 +120,12 @@ def test_bare_prompts_are_measured_without_the_independent_scorer(
 
     monkeypatch.setattr(actors.evaluator, "VaderScorer", absent)
     arms = {"before": [group("p/0", [PRAISE], {})], "after": [group("p/0", [SCORN], {})]}
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, NONE)
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, NONE)
     assert {"kl_per_token", "nll_start", "length", "distinct_2"} <= set(report["after"])
     assert not {"follows_request", "judge_margin", "reward_model", "on_topic"} & set(report["after"])
     assert report["slices"] == {} and report["missing"] == {} and report["best_of_n"] == {}
     with pytest.raises(ConfigError, match="vaderSentiment"):
-        EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate(arms, 1, ALL)
+        EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, ALL)
 
 
 def test_agreement_counts_ranked_pairs_in_the_direction_of_the_request(tmp_path: Path) -> None:

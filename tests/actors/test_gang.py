@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.gang import LearnerGang
-from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError
+from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError, WorkerError
 from tests.fakes import make_group
 
 engine = pytest.mark.engine
@@ -107,10 +107,10 @@ def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -
     async def body() -> None:
         gang = make_gang()
         measured: list[tuple[str, int]] = []
-        gang = LearnerGang("learner", gang.ranks, meter=lambda role, tokens, seconds: measured.append((role, tokens)))
+        gang = LearnerGang("learner", gang.ranks, meter=lambda r, tokens, _: measured.append((r, tokens)), num_epochs=3)
         await gang.start()
         metrics = await gang.update(GROUPS)
-        assert measured == [("learner", sum(group.num_tokens for group in GROUPS))]
+        assert measured == [("learner", 3 * sum(group.num_tokens for group in GROUPS))], "trained on once an epoch"
         assert metrics["uids"] == ["p0", "p1"]
         annotated = await gang.annotate(GROUPS)
         assert [g.uid for g in annotated] == ["p0", "p1", "p2", "p3"]
@@ -124,12 +124,12 @@ def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -
 
 
 @engine
-@pytest.mark.parametrize("fault", ["kill", "defect"])
-def test_one_failing_rank_ends_the_gang_though_its_peer_waits_for_it(make_gang, fault: str) -> None:
+@pytest.mark.parametrize(("fault", "kind"), [("kill", LearnerError), ("defect", WorkerError)])
+def test_one_failing_rank_ends_the_gang_though_its_peer_waits_for_it(make_gang, fault: str, kind) -> None:
     gang = make_gang(rank1=fault)
     pids = pids_of(gang)
     began = time.monotonic()
-    with pytest.raises(LearnerError, match=r"learner\[1\]\.update"):
+    with pytest.raises(kind, match=r"learner\[1\]\.update"):
         asyncio.run(gang.update(GROUPS))
     assert time.monotonic() - began < 20, "it did not wait for the collective to time out"
     assert gang.ranks == []

@@ -43,7 +43,7 @@ class WordJudge(JudgeBase):
         return Answer({" yes": -1.0 + margin, " no": -1.0})
 
 
-def _run(judge, groups, method="judge", constitution="train"):
+def _run(judge, groups, method="verdicts", constitution="train"):
     async def go():
         await judge.start()
         return await getattr(judge, method)(groups, constitution)
@@ -67,7 +67,7 @@ def test_a_missing_answer_is_a_missing_verdict_and_score(tmp_path):
     (verdicts,) = _run(judge, groups)
     assert (verdicts[0].value, verdicts[1].value) == (1.0, None)
     assert verdicts[1].error == "it said nothing"
-    (scores,) = _run(judge, groups, "score")
+    (scores,) = (judgement.scores for judgement in _run(judge, groups, "judge"))
     assert scores[0].components == {"judge": 1.0}
     assert (scores[1].value, scores[1].error) == (None, "it said nothing")
     assert asyncio.run(judge.stats())["num_missing"] == 2
@@ -78,7 +78,7 @@ def test_pairwise_scores_are_the_mean_over_pairs(tmp_path):
     groups = [make_group("a", ["good good", "good", "bad"])]
     (verdicts,) = _run(judge, groups)
     assert [verdict.samples for verdict in verdicts] == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
-    (scores,) = _run(judge, groups, "score")
+    (scores,) = (judgement.scores for judgement in _run(judge, groups, "judge"))
     assert [score.value for score in scores] == pytest.approx([2.0, 0.5, -2.5])
 
 
@@ -99,6 +99,54 @@ def test_a_judge_whose_bits_depend_on_the_batch_asks_again(tmp_path):
     first = _run(judge, groups)
     assert _run(judge, groups) == first
     assert judge.asked[:2] == judge.asked[2:], "the same batch, whatever was judged before"
+
+
+def test_verdicts_stay_where_they_were_put_and_scores_say_where(tmp_path):
+    judge = WordJudge({"train": write_constitution(tmp_path)})
+    groups = [make_group("a", ["good", "mute"]), make_group("b", ["bad", "good"])]
+    first, second = _run(judge, groups, "judge")
+    assert [first.verdicts, second.verdicts] == _run(judge, groups)
+    assert (first.uid, first.num_verdicts, first.errors) == ("a", 2, ("it said nothing",))
+    assert second.errors == () and [score.value for score in second.scores] == [-1.0, 1.0]
+    assert all(score.evidence == (judgement.verdicts,) for judgement in (first, second) for score in judgement.scores)
+
+
+def test_the_null_arm_deals_verdicts_and_scores_alike(tmp_path):
+    judge = WordJudge({"train": write_constitution(tmp_path)})
+    groups = [make_group(f"p{i}", ["good " * n for n in range(4)]) for i in range(10)]
+
+    async def go():
+        await judge.start()
+        return await judge.judge(groups, "train", True)
+
+    dealt = asyncio.run(go())
+    for judgement in dealt:
+        values = [verdict.value for verdict in judgement.verdicts]
+        assert values == [score.value for score in judgement.scores]
+        assert sorted(values) == [0.0, 1.0, 2.0, 3.0]
+        assert all(verdict.reason.startswith("shuffled; was: ") for verdict in judgement.verdicts)
+    assert any([score.value for score in judgement.scores] != [0.0, 1.0, 2.0, 3.0] for judgement in dealt)
+
+
+class ReadingJudge(WordJudge):
+    """Reads one token a word."""
+
+    def _answer(self, request):
+        answer = super()._answer(request)
+        return Answer(answer.log_probs, answer.error, len(request.text.split()))
+
+
+def test_tokens_are_those_that_the_judge_read(tmp_path):
+    judge = ReadingJudge({"train": write_constitution(tmp_path)})
+    groups = [make_group("a", ["good", "good", "bad"]), make_group("b", ["mute"])]
+    first, second = _run(judge, groups, "judge")
+    read = [len(text.split()) for text in judge.asked]
+    assert len(read) == 3, "equal texts are one question"
+    assert (first.num_tokens, second.num_tokens) == (read[0] + read[1], read[2])
+    assert [judgement.num_tokens for judgement in _run(judge, groups, "judge")] == [0, read[2]], (
+        "what it knew it read not"
+    )
+    assert asyncio.run(judge.stats())["num_tokens"] == sum(read) + read[2]
 
 
 def test_the_centre_can_be_the_margin_of_a_text_that_says_nothing(tmp_path):
@@ -136,7 +184,7 @@ def test_label_log_probs_are_those_of_the_model(generation, tmp_path):
 
     judge = _vllm_judge(generation, write_constitution(tmp_path))
     texts = ["I loved this film.", "I hated this film.", "great acting " * 200]
-    (verdicts,) = generation.run(judge.judge([make_group("a", texts)], "train"))
+    (verdicts,) = generation.run(judge.verdicts([make_group("a", texts)], "train"))
     assert verdicts[2].value is None
     assert "its context is 256" in verdicts[2].error
     model = AutoModelForCausalLM.from_pretrained(generation.model, dtype=torch.float32)
@@ -154,8 +202,10 @@ def test_label_log_probs_are_those_of_the_model(generation, tmp_path):
         assert verdict.value == pytest.approx(yes - no, abs=1e-3)
         assert f"log p(' yes') = {yes:.2f}"[:-1] in verdict.reason
         assert math.isfinite(verdict.value)
-    (scores,) = generation.run(judge.score([make_group("a", texts)], "train"))
-    assert scores[0].value == verdicts[0].value
+    (judgement,) = generation.run(judge.judge([make_group("a", texts)], "train"))
+    assert judgement.scores[0].value == verdicts[0].value
+    questions = build_requests(rules, payload, seed=3)[:2]
+    assert judgement.num_tokens == sum(len(tokenizer.encode(question.text)) for question in questions)
     assert generation.run(judge.stats())["num_cached"] == 0
 
 

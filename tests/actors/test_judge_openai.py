@@ -46,7 +46,7 @@ def _judge(service: Service, tmp_path, texts, **changes):
         )
         await judge.start()
         try:
-            return await judge.judge([make_group("a", texts)], "train")
+            return await judge.verdicts([make_group("a", texts)], "train")
         finally:
             await judge.stop()
 
@@ -62,6 +62,27 @@ def test_the_verdict_is_the_margin_of_the_labels(service, tmp_path):
     assert [verdict.value for verdict in verdicts] == [1.0, -1.75]
     assert service.keys == [f"Bearer {KEY}"] * 2
     assert {(body["model"], body["max_tokens"], body["temperature"]) for body in service.bodies} == {("m", 1, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("usage", "num_tokens"),
+    [({"prompt_tokens": 31, "completion_tokens": 1}, 62), ({"prompt_tokens": -1}, 0), ({}, 0), ("much", 0), (None, 0)],
+)
+def test_tokens_are_counted_as_the_service_counts_them(service, tmp_path, usage, num_tokens):
+    service.behave = lambda body, tries: (200, completion(-0.5, -1.5) | ({} if usage is None else {"usage": usage}))
+
+    async def go():
+        settings = EndpointConfig.model_validate({"base_url": service.url, "model": "m"})
+        judge = OpenAIJudgeWorker(settings, {"train": write_constitution(tmp_path)}, LocalStore(), seed=1)
+        await judge.start()
+        try:
+            return await judge.judge([make_group("a", ["one", "two"])], "train")
+        finally:
+            await judge.stop()
+
+    (judgement,) = asyncio.run(go())
+    assert [score.value for score in judgement.scores] == [1.0, 1.0], "its bookkeeping spoils no verdict"
+    assert judgement.num_tokens == num_tokens
 
 
 def test_a_chat_is_judged_by_its_first_token(service, tmp_path):
@@ -146,7 +167,7 @@ def test_a_judge_that_stopped_asks_nothing_more(service, tmp_path):
         )
         await judge.start()
         with pytest.raises(JudgeError):
-            await judge.judge([make_group("a", [f"text {i}" for i in range(20)])], "train")
+            await judge.verdicts([make_group("a", [f"text {i}" for i in range(20)])], "train")
         assert asyncio.all_tasks() == {asyncio.current_task()}, "a question was left behind"
         await judge.stop()
 

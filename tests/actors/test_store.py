@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from actors.recorder import RecorderWorker
-from actors.roles import FleetScorer, RemoteRecorder
+from actors.roles import FleetScorer, RemoteRecorder, StageRecorder
 from actors.rules import RulesWorker
 from actors.store import LocalStore, RayStore, fetch_all, fetch_payload
 from actors.training_groups import fetch_group
@@ -124,17 +124,17 @@ def test_groups_that_left_the_object_store_are_named_and_no_replica_is_blamed(ra
                 await scorer.score(handles)
             assert caught.value.uids == ("p2", "p3")
             with pytest.raises(RolloutsLostError) as caught:
-                await RemoteRecorder(recorder).record(0, handles)
+                await StageRecorder(RemoteRecorder(recorder), "rl").record(0, handles)
             assert caught.value.uids == ("p2", "p3")
             assert fleet.healthy == replicas and set(events) == {"replica_joined"}
             assert not list(tmp_path.rglob("*.parquet")), "half a step is not written"
             again = [GroupHandle(uid, store.put(payload(uid)), 1, (2,), (0, 0)) for uid in ("p2", "p3")]
             assert [s.value for (s,) in await scorer.score([*handles[:2], *again])] == [1.0] * 4
-            await RemoteRecorder(recorder).record(0, [*handles[:2], *again])
+            await StageRecorder(RemoteRecorder(recorder), "rl").record(0, [*handles[:2], *again])
         finally:
             await fleet.stop()
             placer.close()
             ray.kill(recorder)
 
     asyncio.run(asyncio.wait_for(body(), 180))
-    assert (tmp_path / "rollouts" / "step_000000.parquet").is_file()
+    assert (tmp_path / "rollouts" / "rl.step_000000.parquet").is_file()

@@ -100,6 +100,14 @@ def test_what_cannot_work_is_refused_with_its_key(document: dict[str, Any], said
     assert said in refusal(document)
 
 
+def test_a_stage_may_not_be_named_after_what_others_leave() -> None:
+    second = rl(name="rl-validation")
+    assert "another name for the stage 'rl-validation': the validations of 'rl'" in refusal(
+        recipe(JUDGED, rl(), second)
+    )
+    assert "another name for the stage 'start'" in refusal(recipe(rl(name="start")))
+
+
 @pytest.mark.parametrize("name", sorted(RUN_FOLDERS))
 def test_a_stage_does_not_take_the_name_of_a_folder_of_the_run(name: str) -> None:
     assert f"another name for the stage '{name}'" in refusal(recipe(rl(name=name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import pytest
 
 from cluster import context as module
 from cluster.config import RunConfig
-from cluster.context import Policy, RunContext
+from cluster.context import Policy, RunContext, TimedGate
 from cluster.topology import NodeCapacity
 from rlhf.config import validate
-from rlhf.loops.gate import BudgetGate
+from rlhf.loops.gate import BudgetGate, GatedSource
+from rlhf.rewards.config import JudgePart, RewardModelPart, RulesPart
+from rlhf.rewards.mixture import Mixture
+from rlhf.rewards.rules import NonEmptyRule
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
+from rlhf.types import GroupHandle, Score
+from tests.fakes import make_group
 
 
 class PlacedRole:
@@ -133,3 +139,32 @@ def test_a_role_that_is_asked_for_twice_at_once_is_placed_once(cluster: Cluster,
         assert cluster.held == []
 
     asyncio.run(work())
+
+
+def test_each_source_of_a_mixture_has_a_phase_of_its_own() -> None:
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    class Source:
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name = name
+            self.seconds = seconds
+
+        async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+            clock.now += self.seconds
+            return [(Score(1.0),) * len(group.completion_lengths) for group in groups]
+
+    clock = Clock()
+    timings = Timings(clock=clock)
+    gate = TimedGate(BudgetGate(dict.fromkeys(module.SHARING_ROLES, 1.0)), timings, "rl")
+    roles = {"reward_model": ("scorer", 2.0), "judge": ("judge", 5.0), "rules": ("rules", 1.0)}
+    sources = [GatedSource(Source(name, seconds), gate, role) for name, (role, seconds) in roles.items()]
+    parts = [RewardModelPart(source="reward_model"), JudgePart(source="judge")]
+    parts.append(RulesPart(source="rules", rules=[NonEmptyRule(rule="non_empty")]))
+    mixture = Mixture(sources, parts)
+    (scores,) = asyncio.run(mixture.score([make_group("p0")]))
+    assert [score.value for score in scores] == [3.0, 3.0]
+    assert timings.totals() == {"rl": {"scorer": 2.0, "judge": 5.0, "rules": 1.0}}

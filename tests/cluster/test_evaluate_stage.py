@@ -22,8 +22,20 @@ from rlhf.config import validate
 from rlhf.loops.gate import BudgetGate
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.tables import read_table
 from rlhf.runs.timings import Timings
-from rlhf.types import Completion, GroupHandle, Message, Prompt, Rollout, RolloutGroup, Score, VersionSpan
+from rlhf.types import (
+    Completion,
+    GroupHandle,
+    Judgement,
+    Message,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    Score,
+    Verdict,
+    VersionSpan,
+)
 
 FILM = {"request": "scathing", "subject": "a film"}
 TEXTS = ("An awful, boring film.", "I loved this film.", "A film.", "A wonderful film.")
@@ -73,6 +85,16 @@ def scored(groups: Sequence[GroupHandle], *_: Any) -> list[tuple[Score, ...]]:
     return [tuple(Score(float(k)) for k in range(len(group.completion_lengths))) for group in groups]
 
 
+def judged(groups: Sequence[GroupHandle], *_: Any) -> list[Judgement]:
+    """As ``scored``, with a reason for each."""
+    judgements = []
+    for group, scores in zip(groups, scored(groups), strict=True):
+        verdicts = tuple(Verdict(group.uid, (k,), score.value, f"said {k}") for k, score in enumerate(scores))
+        evident = tuple(dataclasses.replace(score, evidence=(verdicts,)) for score in scores)
+        judgements.append(Judgement(group.uid, verdicts, evident, len(verdicts), num_tokens=100))
+    return judgements
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, LocalFleet]:
     """The fleets by role, once the stage has asked for them."""
@@ -92,27 +114,39 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, LocalFle
         return started["evaluator"]
 
     serve("generation_fleet", "generation", stream=drawn)
-    serve("judge_fleet", "judge", score=scored)
+    serve("judge_fleet", "judge", judge=judged)
     serve("scorer_fleet", "scorer", score=scored)
     serve("reference_annotator", "reference", annotate=annotated)
     monkeypatch.setattr(fleets, "evaluator", evaluator)
     return started
 
 
-def evaluate(folder: Path, fields: dict[str, str], *, judged: bool, rewarded: bool) -> dict[str, Any]:
+def evaluate(
+    folder: Path, fields: dict[str, str], *, judged: bool, rewarded: bool, names: Sequence[str] = ("evaluate",)
+) -> dict[str, Any]:
+    """Runs the stage of the first of ``names`` in a recipe with as many evaluations."""
+    context = open_run(folder, fields, judged=judged, rewarded=rewarded, names=names)
+    stage = context.config.stages[0]
+    assert isinstance(stage, EvaluateStage)
+    return asyncio.run(run_evaluate(context, stage))
+
+
+def open_run(folder: Path, fields: dict[str, str], *, judged: bool, rewarded: bool, names: Sequence[str]) -> RunContext:
     document = {
         "name": "x",
         "model": "m",
         "data": {"evaluation": {"path": "x.jsonl"}},
         "constitutions": {"evaluation": "c.yaml"} if judged else {},
-        "stages": [{"kind": "evaluate", "report_card": {"bootstrap": {"num_resamples": 100}}}],
+        "stages": [
+            {"kind": "evaluate", "name": name, "report_card": {"bootstrap": {"num_resamples": 100}}} for name in names
+        ],
     }
     config = validate(RunConfig, document, "test")
     run = RunDirectory(folder)
     if rewarded:
         run.reward_model.mkdir()
         (run.reward_model / "config.json").write_text("{}", encoding="utf-8")
-    context = RunContext(
+    return RunContext(
         config=config,
         run=run,
         start=Policy(folder, 0),
@@ -122,9 +156,6 @@ def evaluate(folder: Path, fields: dict[str, str], *, judged: bool, rewarded: bo
         gate=BudgetGate({}),
         inputs={"evaluation": [Prompt(f"p/{i}", (Message("user", "Write."),), (1,), fields) for i in range(4)]},
     )
-    [stage] = config.stages
-    assert isinstance(stage, EvaluateStage)
-    return asyncio.run(run_evaluate(context, stage))
 
 
 def test_with_judge_reward_model_and_columns_every_instrument_is_asked(tmp_path: Path, asked) -> None:
@@ -156,3 +187,29 @@ def test_a_judge_alone_gives_margins_and_no_slices(tmp_path: Path, asked) -> Non
     assert "scorer" not in asked
     assert report["win_rate"]["mean"] == 0.5 and report["slices"] == {}
     assert "judge_margin" in report["after"] and "follows_request" not in report["after"]
+
+
+def test_each_role_has_a_phase_of_its_own_and_the_judge_counts_what_it_reads(tmp_path: Path, asked) -> None:
+    context = open_run(tmp_path, FILM, judged=True, rewarded=True, names=["evaluate"])
+    stage = context.config.stages[0]
+    asyncio.run(run_evaluate(context, stage))  # type: ignore[arg-type]
+    phases = {"generation", "judge", "scorer", "reference", "evaluator"}
+    assert context.timings.totals()["evaluate"].keys() == phases
+    tokens = {role: tokens for role, (tokens, _) in context.timings._tokens.items()}
+    assert tokens["judge"] == 2 * 4 * 100, "two arms of four prompts"
+    assert tokens["scorer"] == 4 * (1 + 4 * 2) + 4 * (1 + 2 * 2), "prompts once, and all siblings"
+
+
+def test_two_evaluations_keep_what_each_wrote_and_the_last_of_the_recipe_stands_in_front(tmp_path: Path, asked) -> None:
+    context = open_run(tmp_path, FILM, judged=True, rewarded=True, names=["on-validation", "final"])
+    folder = context.run.eval
+    first, last = context.config.stages
+    for stage, shown in ((first, "on-validation"), (last, "final"), (first, "final")):
+        asyncio.run(run_evaluate(context, stage))  # type: ignore[arg-type]
+        context.run.complete(stage.name, {})
+        assert (folder / "completions.parquet").samefile(folder / shown / "completions.parquet")
+    for name in ("on-validation", "final"):
+        assert sum(row["best_of_n"] for row in read_table(folder / name / "samples.parquet")) == 4
+        reasons = [row["reason"] for row in read_table(tmp_path / "verdicts" / f"{name}.after.parquet")]
+        assert reasons == ["said 0", "said 1"] * 4
+    assert sorted(file.name for file in folder.glob("*")) == ["completions.parquet", "final", "on-validation"]

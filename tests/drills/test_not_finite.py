@@ -51,9 +51,9 @@ def test_ranks_skip_together_and_three_skips_in_a_row_end_the_run(tmp_path: Path
     assert [line["learner/skipped"] for line in metrics] == [0, 1, 0, 0, 1, 1]
     assert [line["learner/consecutive_skips"] for line in metrics] == [0, 1, 0, 0, 1, 2]
     skips = [(event["step"], event["batch"]) for event in recipes.events(run, "update_skipped")]
-    assert skips == [(step, f"rollouts/step_{step - 1:06d}.parquet") for step in FAULTY_UPDATES[:3]]
+    assert skips == [(step, f"rollouts/rl.step_{step - 1:06d}.parquet") for step in FAULTY_UPDATES[:3]]
     assert all((run / batch).is_file() for _, batch in skips)
-    assert (run / "rollouts" / "step_000006.parquet").is_file(), "the batch that ended the run is kept"
+    assert (run / "rollouts" / "rl.step_000006.parquet").is_file(), "the batch that ended the run is kept"
     states = {step: _state(run, step) for step in range(1, 7)}
     unchanged = {step for step in range(2, 7) if _equal(states[step - 1], states[step])}
     assert unchanged == {2, 5, 6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -65,7 +66,30 @@ def test_whole_loop_with_two_replicas_and_two_ranks(tmp_path: Path, tiny_model_d
     completions = pq.read_table(run / "eval" / "completions.parquet").to_pylist()
     assert len(completions) == 16 * 2
     assert all(row["before"] is not None and row["after"] is not None for row in completions)
+    _assert_everything_is_kept(run)
+    assert {"generation", "judge", "scorer", "learner", "publish"} <= summary["timings"]["rl"].keys()
+    assert {"generation", "judge", "scorer", "learner"} <= summary["throughput"].keys()
     staleness = [line["rollout/staleness"] for line in recipes.metrics(run)]
     assert all(0 <= value <= 1 for value in staleness) and max(staleness) == 1
     events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events.count("stage_completed") == 5
+
+
+def _assert_everything_is_kept(run: Path) -> None:
+    """Every sample with its score, every verdict with its reason, in every stage that draws or judges."""
+    rollouts, verdicts = recipes.table(run, "rollouts"), recipes.table(run, "verdicts")
+    parts = Counter((row["stage"], row["part"].partition("_")[0]) for row in rollouts)
+    assert parts == {("feedback", "chunk"): 16 * 3, ("rl", "step"): 3 * 4 * 2, ("rl", "validation"): 2 * 16}
+    assert all(row["score"] is not None for row in rollouts)
+    judged = Counter((row["stage"], row["part"].partition("_")[0]) for row in verdicts)
+    assert judged == {**parts, ("evaluate", "before"): 16 * 3, ("evaluate", "after"): 16 * 2}
+    assert all("log p(" in row["reason"] for row in verdicts)
+    samples = pq.read_table(run / "eval" / "evaluate" / "samples.parquet").to_pylist()
+    assert Counter(row["arm"] for row in samples) == {"before": 16 * 3, "after": 16 * 2}
+    assert all(row["reward_model"] is not None for row in samples)
+    best: dict[str, float] = {}
+    for row in samples:
+        if row["arm"] == "before":
+            best[row["uid"]] = max(row["reward_model"], best.get(row["uid"], row["reward_model"]))
+    chosen = {row["uid"]: row["reward_model"] for row in samples if row["best_of_n"]}
+    assert chosen == best

@@ -42,7 +42,7 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all("critic/value_loss" in line and "learner/kl" in line for line in steps)
     rows = [
-        row for file in sorted((run / "rollouts").glob("step_*.parquet")) for row in pq.read_table(file).to_pylist()
+        row for file in sorted((run / "rollouts").glob("rl.step_*.parquet")) for row in pq.read_table(file).to_pylist()
     ]
     uids = [row["uid"] for row in rows]
     assert len(rows) == 3 * 8 * 2

@@ -9,37 +9,31 @@ import pytest
 
 from rlhf.errors import MissingFeedbackError, RolloutsLostError
 from rlhf.loops.label import LabelConfig, LabelRoles, label
-from rlhf.types import Ranking, Score, Verdict
+from rlhf.types import Score
 from tests.fakes import FakeRun, make_prompts
 
 
 class ChunkRecorder:
     def __init__(self, fail_at: int | None = None, lost: Sequence[RolloutsLostError] = ()) -> None:
-        self.chunks: dict[int, tuple[list, list, list]] = {}
+        self.chunks: dict[int, tuple[list, list]] = {}
         self.fail_at = fail_at
         self.lost = list(lost)
 
-    async def record_chunk(self, chunk, groups, verdicts, rankings) -> None:
+    async def record_chunk(self, chunk, groups, judgements) -> None:
         if self.lost:
             raise self.lost.pop(0)
         if chunk == self.fail_at:
             raise OSError("disk full")
-        self.chunks[chunk] = (list(groups), list(verdicts), list(rankings))
+        self.chunks[chunk] = (list(groups), list(judgements))
 
     async def has_chunk(self, chunk: int) -> bool:
         return chunk in self.chunks
 
 
-def rank(uid: str, num_samples: int, verdicts: Sequence[Verdict]) -> Ranking:
-    assert len(verdicts) == num_samples
-    order = sorted((v.value for v in verdicts if v.value is not None), reverse=True)
-    return Ranking(uid, tuple(None if v.value is None else order.index(v.value) + 1 for v in verdicts), "judge")
-
-
 def run_label(run: FakeRun, recorder: ChunkRecorder, num_prompts: int, **changes) -> tuple[int, list[int]]:
     told: list[int] = []
     config = LabelConfig(**({"num_samples": 2, "prompts_per_chunk": 3} | changes))
-    roles = LabelRoles(run, run, recorder, run.gate, rank, run.event)
+    roles = LabelRoles(run, run, recorder, run.gate, run.event)
     missing = asyncio.run(label(roles, config, make_prompts(num_prompts), version=5, progress=told.append))
     return missing, told
 
@@ -48,8 +42,8 @@ def test_every_prompt_is_judged_once_in_chunks() -> None:
     run, recorder = FakeRun(version=5), ChunkRecorder()
     missing, told = run_label(run, recorder, 7)
     assert (missing, told) == (0, [3, 3, 1])
-    assert [g.uid for groups, _, _ in recorder.chunks.values() for g in groups] == [f"p{i}" for i in range(7)]
-    assert [r.ranks for _, _, rankings in recorder.chunks.values() for r in rankings] == [(2, 1)] * 7
+    for recorded in zip(*recorder.chunks.values(), strict=True):  # groups, judgements
+        assert [one.uid for chunk in recorded for one in chunk] == [f"p{i}" for i in range(7)]
     assert run.versions == [5, 5, 5]
     assert run.gate.holders == ["generation", "judge"] * 3
 
@@ -72,7 +66,7 @@ def test_missing_verdicts_pass_below_the_fraction_and_stop_above_it() -> None:
     recorder = ChunkRecorder()
     missing, _ = run_label(run, recorder, 6, max_missing_fraction=0.17)
     assert missing == 1
-    assert recorder.chunks[1][2][1].ranks == (None, 1)
+    assert recorder.chunks[1][1][1].errors == ("",)
 
     run.log.clear()
     recorder = ChunkRecorder()

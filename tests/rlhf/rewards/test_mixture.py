@@ -71,6 +71,18 @@ def test_a_missing_part_makes_the_sum_missing_and_says_which():
     assert combine_scores([("a", 1.0, Score(None)), ("b", 1.0, Score(None))]).error == "a: missing; b: missing"
 
 
+def test_the_verdicts_behind_a_score_stay_with_the_mixture():
+    class Judge:
+        name = "judge"
+
+        async def score(self, groups):
+            return [(Score(1.0, evidence=("said",)), Score(None, error="timeout", evidence=("said",)))]
+
+    sources = [FakeSource("reward_model", [[1.0, 2.0]]), Judge()]
+    shaped = parts(MODEL, JUDGE | {"clip": [0.0, 0.5]})
+    assert [one.evidence for one in score(Mixture(sources, shaped), 2)[0]] == [("said",), ("said",)]
+
+
 def test_the_loss_of_a_source_is_not_swallowed():
     lost = ScorerError("judge", found="a dead fleet", needed="a replica", action="See the log.")
     with pytest.raises(ScorerError):

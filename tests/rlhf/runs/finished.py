@@ -11,12 +11,14 @@ from actors.recorder import RecorderWorker
 from actors.store import LocalStore
 from rlhf.config import StrictModel
 from rlhf.evaluation.bootstrap import BootstrapConfig
+from rlhf.evaluation.completions import to_wide
 from rlhf.evaluation.criteria import CriteriaConfig, check_criteria
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.evaluation.reward_model import kendall_tau, pair_accuracy
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, write_summary
+from rlhf.runs.tables import EVAL, write_table
 from rlhf.runs.timings import Timings
 from rlhf.types import Completion, GroupHandle, Message, Prompt, Rollout, RolloutGroup, Verdict, VersionSpan
 from tests.rlhf.evaluation.rows import eval_rows
@@ -36,7 +38,7 @@ class DemoConfig(StrictModel):
     seed: int = 1
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     data: dict[str, dict[str, str]] = {"train": {"path": "configs/data/train.jsonl"}}
-    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    stages: tuple[StageConfig, ...] = (StageConfig(name="ask", kind="feedback"), StageConfig())
 
 
 def demo_summary(num_prompts: int = 40) -> Summary:
@@ -98,7 +100,7 @@ def build_finished_run(root: Path, text: str = HOSTILE) -> RunDirectory:
             logger.log("reward", step, {"rank_loss": 0.7 - 0.01 * step, "pair_accuracy": 0.5 + 0.01 * step})
         run.events.record("replica_restarted", role="generation", replica=0, found=text)
         recorder = RecorderWorker(run.root, LocalStore())
-        recorder.record_eval([*eval_rows(8)])
+        write_table(run.eval / "completions.parquet", to_wide(eval_rows(8)), EVAL)
         prompt = Prompt("train/0", (Message("user", "Write a scathing review. " + text),), (1, 2, 3), {})
         completion = Completion(
             np.zeros(2, np.int32), np.zeros(2, np.float32), "Dull. " + text, "stop", (VersionSpan(0, 0, 2),)
@@ -108,7 +110,9 @@ def build_finished_run(root: Path, text: str = HOSTILE) -> RunDirectory:
             Verdict("train/0", (0,), 1.3, "negative -0.2, positive -1.7 " + text, "tiny"),
             Verdict("train/0", (1,), None, error="timed out " + text),
         ]
-        recorder.record_verdicts("feedback_0000", [handle], [verdicts])
+        recorder.record_verdicts("ask", "chunk_0000", [handle], [verdicts])
+        other = Verdict("train/0", (0,), 0.0, "of the training, not of the feedback")
+        recorder.record_verdicts("a-stage-before", "step_000000", [handle], [[other]])
         timings = Timings(run.timings)
         timings.add("rl/generate", 400.0)
         timings.write()

@@ -139,6 +139,7 @@ def test_report_is_one_safe_file_with_everything(tmp_path: Path) -> None:
     page.feed(path.read_text())
     assert page.text.count("alert('x')") >= 4, "hostile text is shown as text"
     assert HOSTILE in page.text
+    assert "of the training, not of the feedback" not in page.text
     names = [tag for tag, _ in page.tags]
     assert "img" not in names and "textarea" not in names and "link" not in names and "iframe" not in names
     assert not [attrs for _, attrs in page.tags if any(name in attrs for name in ("src", "href", "onerror"))]
