@@ -18,7 +18,7 @@ from rlhf.evaluation.instruments import Instruments, require_signs
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.evaluation.reward_model import pair_accuracy
 from rlhf.runs import tables
-from rlhf.types import GroupHandle, Ranking, RolloutGroup
+from rlhf.types import GroupHandle, Handle, RolloutGroup
 
 Arms = Mapping[str, Sequence[GroupHandle]]
 """Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` with a judge and
@@ -91,14 +91,14 @@ class EvaluatorWorker:
         if rows:
             tables.write_part(self._run_dir, "verdicts", stage, arm, rows)
 
-    def judge_agreement(self, groups: Sequence[GroupHandle], rankings: Sequence[Ranking]) -> dict[str, float]:
+    def judge_agreement(self, groups: Sequence[GroupHandle], rankings: Sequence[Handle]) -> dict[str, float]:
         """Share of the ranked pairs that the independent scorer orders alike, as an ``Interval``; its ties count half.
 
         Args:
             groups: The texts; those without a ranking are left out.
-            rankings: The judge's orders, by what was asked for.
+            rankings: Handles of lists of the judge's ``Ranking``, by what was asked for.
         """
-        ranks_by_uid = {ranking.uid: ranking.ranks for ranking in rankings}
+        ranks_by_uid = {ranking.uid: ranking.ranks for handle in rankings for ranking in self._store.get(handle)}
         ranked = [handle for handle in groups if handle.uid in ranks_by_uid]
         scores, subjects = [], []
         for group in fetch_all(ranked, self._store, fetch_payload, where="evaluator"):

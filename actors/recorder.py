@@ -7,7 +7,7 @@ rollout outlives the replica that drew it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,11 @@ class RecorderWorker:
     def feedback_rankings(self, stage: str) -> list[Ranking]:
         """All rankings of the feedback stage, in the order in which its prompts were labelled."""
         return [ranking for part in self.parts("rankings", stage) for ranking in self.read_rankings(stage, part)]
+
+    def put_rankings(self, stage: str, uids: Collection[str] | None = None) -> list[Handle]:
+        """Puts the feedback stage's rankings, or those of some prompts, into the store; their handle, in a list."""
+        rankings = self.feedback_rankings(stage)
+        return [self._store.put([ranking for ranking in rankings if uids is None or ranking.uid in uids])]
 
     def feedback_groups(self, stage: str) -> list[GroupHandle]:
         """All groups of the feedback stage, back in the store."""

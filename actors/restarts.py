@@ -39,3 +39,35 @@ class RestartBudget:
             return False
         self._taken.append(self._clock())
         return True
+
+
+class ProgressBudget:
+    """At most ``max_restarts`` without progress in between.
+
+    For a gang, which starts again from its last checkpoint: one that came to a newer checkpoint has outlived what it
+    was lost to, however long that took. One that is lost at the same step again and again ends.
+
+    Args:
+        max_restarts: Restarts from one point.
+        progress: How far the work is kept; a number that only grows with it.
+    """
+
+    def __init__(self, max_restarts: int, progress: Callable[[], int]) -> None:
+        self._max_restarts = max_restarts
+        self._progress = progress
+        self._reached = progress()
+        self._left = max_restarts
+
+    @property
+    def left(self) -> int:
+        """Restarts that are left from where the work stands now."""
+        if (reached := self._progress()) > self._reached:
+            self._reached, self._left = reached, self._max_restarts
+        return self._left
+
+    def take(self) -> bool:
+        """Takes one restart where there is one left; says whether there was."""
+        if self.left == 0:
+            return False
+        self._left -= 1
+        return True

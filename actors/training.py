@@ -27,7 +27,9 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from actors.offline import OfflineJob
+from actors.restarts import ProgressBudget
 from rlhf.errors import LearnerError, PlacementError, RlhfError
+from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -58,7 +60,7 @@ def fit_ranks(
         cpus: Of one rank, in Ray's count.
         gpus: Of one rank.
         strategy: How the ranks are laid over nodes.
-        max_restarts: Lost gangs that are started again.
+        max_restarts: Lost gangs that are started again without a newer checkpoint in between.
         start_timeout_s: Longest wait for room.
 
     Raises:
@@ -80,11 +82,12 @@ def fit_ranks(
             name=job.stage, storage_path=str(job.run_dir / "ray_train"), failure_config=FailureConfig(**once)
         ),
     )
-    events = RunDirectory(job.run_dir).events
+    run = RunDirectory(job.run_dir)
+    events = run.events
     fit_with_restarts(
         trainer.fit,
         job.stage,
-        max_restarts=max_restarts,
+        ProgressBudget(max_restarts, lambda: max(checkpoint.steps(run.checkpoints(job.stage)), default=-1)),
         stop_request=job.stop_request,
         on_event=lambda kind, fields: events.record(kind, stage=job.stage, **fields),
     )
@@ -93,8 +96,8 @@ def fit_ranks(
 def fit_with_restarts(
     fit: Callable[[], object],
     stage: str,
+    budget: ProgressBudget,
     *,
-    max_restarts: int,
     stop_request: Path,
     on_event: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
@@ -103,20 +106,21 @@ def fit_with_restarts(
     Args:
         fit: Trains; its own restarts are off.
         stage: Names the stage in errors.
-        max_restarts: Further tries.
+        budget: Further tries.
         stop_request: File whose presence asks the run to stop; nothing is tried again then.
         on_event: Receives each restart.
 
     Raises:
         RlhfError: What ``failure_of`` says of a failure that no further try can mend, or of the last one.
     """
-    for restarts_left in range(max_restarts, -1, -1):
+    while True:
         try:
             fit()
             return
         except (TrainingFailedError, RayError) as failed:
             error = failure_of(failed, stage)
-            if not may_pass(failed) or restarts_left == 0 or stop_request.exists():
+            restarts_left = budget.left
+            if not may_pass(failed) or stop_request.exists() or not budget.take():
                 raise error from None  # Ray's own says the same at length, and the ranks' logs have the traceback
             on_event("gang_lost", {"role": "learner", "restarts_left": restarts_left, "error": str(error)})
 

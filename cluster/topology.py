@@ -34,7 +34,7 @@ class Resources(StrictModel):
     """Longest wait for one call."""
     max_restarts: int = Field(default=3, ge=0)
     """Dead replicas of a fleet that are replaced within ``restart_window_s`` before the run is given up; and lost gangs
-    of learners that are started again within one stage."""
+    of learners that are started again without a newer checkpoint in between."""
     restart_window_s: float = Field(default=3600.0, gt=0)
     """Seconds after which the replacement of a dead replica no longer counts."""
 

@@ -21,10 +21,8 @@ async def judge_agreement(context: RunContext, feedback: str, uids: Collection[s
     from rlhf.evaluation.report_card import ReportCardConfig
 
     recorder = await context.recorder()
-    rankings = await recorder.call("feedback_rankings", feedback)
+    rankings = await recorder.call("put_rankings", feedback, uids)
     groups = await recorder.call("feedback_groups", feedback)
-    if uids is not None:
-        rankings = [ranking for ranking in rankings if ranking.uid in uids]
     worker = await evaluator(context, ReportCardConfig())
     [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
     return agreement

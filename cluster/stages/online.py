@@ -67,17 +67,22 @@ async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
     """Runs the stage, resuming from its last verified checkpoint, and leaves ``RUN/STAGE/policy``.
 
     A rank that dies takes its gang with it; the whole gang then starts again from that checkpoint, as often as the
-    role's ``max_restarts`` allows.
+    role's ``max_restarts`` allows without a newer one.
     """
-    restarts_left = context.config.roles.learner.resources.max_restarts
+    from actors.restarts import ProgressBudget
+    from rlhf.runs import checkpoint
+
+    def checkpointed() -> int:
+        return max(checkpoint.steps(context.run.checkpoints(stage.name)), default=-1)
+
+    budget = ProgressBudget(context.config.roles.learner.resources.max_restarts, checkpointed)
     while True:
         try:
             return await _run_gang(context, stage)
         except LearnerError as error:
-            context.event("gang_lost", role="learner", restarts_left=restarts_left, error=str(error))
-            if restarts_left == 0:
+            context.event("gang_lost", role="learner", restarts_left=budget.left, error=str(error))
+            if not budget.take():
                 raise
-            restarts_left -= 1
 
 
 async def _run_gang(context: RunContext, stage: OnlineStage) -> dict[str, Any]:

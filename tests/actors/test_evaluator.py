@@ -135,9 +135,9 @@ def test_agreement_counts_ranked_pairs_in_the_direction_of_the_request(tmp_path:
         for i, request in enumerate(("enthusiastic", "scathing", "scathing", "scathing"))
     ]
     agreeing = [Ranking("p/0", (1, 2), "judge"), Ranking("p/1", (2, 1), "judge")]
-    assert worker.judge_agreement(groups, agreeing)["mean"] == 1.0
-    assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (1, 2), "judge")])["mean"] == pytest.approx(2 / 3)
-    assert worker.judge_agreement(groups, [*agreeing, Ranking("p/2", (None, 1), "judge")])["mean"] == 1.0
+    assert worker.judge_agreement(groups, [agreeing])["mean"] == 1.0
+    assert worker.judge_agreement(groups, [agreeing, [Ranking("p/2", (1, 2), "judge")]])["mean"] == pytest.approx(2 / 3)
+    assert worker.judge_agreement(groups, [agreeing, [Ranking("p/2", (None, 1), "judge")]])["mean"] == 1.0
 
 
 @pytest.mark.parametrize(("fields", "found"), [({}, "no 'request'"), ({"request": "polite"}, "request = 'polite'")])
@@ -146,7 +146,7 @@ def test_agreement_names_the_prompt_whose_request_has_no_sign(
 ) -> None:
     worker = EvaluatorWorker(tmp_path, LocalStore(), CARD)
     with pytest.raises(DataError, match=f"prompt p/4: found {found}"):
-        worker.judge_agreement([group("p/4", [PRAISE, SCORN], fields)], [Ranking("p/4", (1, 2), "judge")])
+        worker.judge_agreement([group("p/4", [PRAISE, SCORN], fields)], [[Ranking("p/4", (1, 2), "judge")]])
 
 
 def test_rules_score_every_sibling_of_every_group() -> None:

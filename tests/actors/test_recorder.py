@@ -276,6 +276,8 @@ def test_a_feedback_chunk_is_complete_when_its_training_groups_are_there(
     assert recorder.feedback_counts("ask") == {"num_verdicts": 8, "missing_fraction": 0.25, "num_rankings": 2}
     assert [handle.uid for handle in recorder.feedback_groups("ask")] == [group.prompt.uid for group in groups]
     assert recorder.feedback_rankings("ask") == rankings
+    assert recorder.put_rankings("ask") == [rankings]
+    assert recorder.put_rankings("ask", [groups[1].prompt.uid]) == [rankings[1:]]
     (first, _) = read_groups([tmp_path / "groups" / "ask.chunk_0000.parquet"])
     np.testing.assert_array_equal(first.ranks, [3.0, 2.0, np.nan, 1.0])
     np.testing.assert_array_equal(first.completion_ids[3], groups[0].rollouts[3].completion.token_ids)

@@ -1,8 +1,8 @@
-"""The budget of restarts: what is long past no longer counts."""
+"""Budgets of restarts: what is long past, or behind a newer checkpoint, no longer counts."""
 
 from __future__ import annotations
 
-from actors.restarts import RestartBudget
+from actors.restarts import ProgressBudget, RestartBudget
 
 
 class Clock:
@@ -40,3 +40,14 @@ def test_what_was_refused_does_not_count() -> None:
 
 def test_no_restart_may_be_wanted() -> None:
     assert not RestartBudget(0, 10.0).take()
+
+
+def test_a_gang_that_came_to_a_newer_checkpoint_may_be_lost_as_often_again() -> None:
+    step = 5
+    budget = ProgressBudget(2, lambda: step)
+    assert [budget.take(), budget.take(), budget.take()] == [True, True, False]
+    step = 6
+    assert budget.left == 2
+    assert [budget.take(), budget.take(), budget.take()] == [True, True, False]
+    step = 4  # it fell back to an older one
+    assert budget.left == 0

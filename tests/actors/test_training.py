@@ -9,6 +9,7 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
+from actors.restarts import ProgressBudget
 from actors.training import failure_of, fit_with_restarts
 from rlhf.errors import ConfigError, DataError, LearnerError, NonFiniteError, PlacementError, RlhfError
 
@@ -41,7 +42,7 @@ def run(training: Training, tmp_path: Path, max_restarts: int = 3) -> list[tuple
     fit_with_restarts(
         training,
         "sft",
-        max_restarts=max_restarts,
+        ProgressBudget(max_restarts, lambda: 0),
         stop_request=tmp_path / "stop",
         on_event=lambda kind, fields: events.append((kind, dict(fields))),
     )
