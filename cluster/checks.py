@@ -109,7 +109,7 @@ def _written_by(stage: Stage) -> tuple[str, ...]:
         return ()
     if isinstance(stage, RewardStage):
         return ("reward_model",)
-    return ("policy",) if isinstance(stage, OnlineStage) else (f"{stage.name}/policy",)
+    return (f"{stage.name}/policy",)
 
 
 def _resolve_models(config: RunConfig) -> dict[str, Path]:

@@ -147,6 +147,9 @@ def test_a_critics_model_is_looked_for_too(folder: Path, tiny_model_dir: Path, c
 def test_a_model_that_an_earlier_stage_writes_need_not_be_there_yet(folder: Path, tiny_model_dir: Path, capsys) -> None:
     recipe = good(folder, tiny_model_dir)
     recipe["stages"][3]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")
+    again = {**recipe["stages"][2], "name": "sft-2", "learner": recipes.learner()}
+    again["learner"]["model"] = {"path": str(folder / "run" / "rl" / "policy"), "dtype": "float32"}
+    recipe["stages"].append(again)
     assert outcome(folder, recipe, capsys) == (0, "")
     recipe["stages"][1]["learner"]["model"]["path"] = str(folder / "run" / "sft" / "policy")  # written after it
     code, error = outcome(folder, recipe, capsys)
