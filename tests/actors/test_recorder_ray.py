@@ -97,7 +97,7 @@ def test_verdicts_go_from_the_judge_to_the_disk_and_the_driver_has_handles(ray_m
     ray.get(judge.start.remote(), timeout=TIMEOUT_S)
     groups = []
     for uid in ("a", "b"):
-        local = make_review(uid, ["one", "two"])
+        local = make_review(uid, [f"{uid} one", f"{uid} two"])  # all different: an answer that is known reads nothing
         groups.append(dataclasses.replace(local, payload=store.put(local.payload)))
     judgements = ray.get(judge.judge.remote(groups, "train"), timeout=TIMEOUT_S)
     assert all(isinstance(judgement.verdicts, ray.ObjectRef) for judgement in judgements)
