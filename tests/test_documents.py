@@ -49,7 +49,7 @@ def test_every_command_that_is_named_is_understood(path):
     for command in commands:
         words = re.sub(r"\[[^\]]*\]|\.\.\.", "", command).split()
         if len(words) > 1 or words == ["doctor"]:  # a bare name such as `rlhf run` is prose
-            parser.parse_args(words)
+            assert parser.parse_args(words).command == words[0], command
 
 
 def test_the_readme_lists_every_command():
@@ -75,7 +75,9 @@ def test_the_readme_recipe_fragments_are_valid():
     assert len(fragments) >= 2
     base = load_file(ROOT / "configs" / "quickstart.yaml")
     for fragment in fragments:
-        validate(RunConfig, merge(base, parse_yaml(fragment, "README.md")), "README.md")
+        document = parse_yaml(fragment, "README.md")
+        config = validate(RunConfig, merge(base, document), "README.md")
+        assert document.keys() <= config.model_fields_set
 
 
 def test_the_exit_codes_are_those_of_the_errors():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import pytest
 
@@ -124,16 +123,15 @@ def test_a_defect_of_the_worker_ends_the_call_and_replaces_nobody(method: str, c
 
 
 @pytest.mark.parametrize(("method", "call"), [("scatter", "answer"), ("scatter_stream", "stream")])
-def test_a_hung_replica_ends_in_a_deadline_within_its_bound(method: str, call: str) -> None:
+def test_a_hung_replica_ends_in_a_deadline(method: str, call: str) -> None:
     async def body() -> None:
         limits = FleetLimits(30.0, 1.5, max_restarts=0)
         async with EchoFleet({0: Fault(call, "hang")}, limits) as echo:
             await echo.fleet.scale(1)
-            began = time.monotonic()
-            with pytest.raises(DeadlineError, match=rf"echo\[0\]\.{call}"):
+            with pytest.raises(DeadlineError, match=rf"echo\[0\]\.{call}: found no answer"):
                 await getattr(echo.fleet, method)(call, items(2))
-            assert 1.4 < time.monotonic() - began < 4.0
             assert echo.fleet.healthy == []
+            assert echo.kinds().count("replica_lost") == 1
 
     drive(body)
 
@@ -383,8 +381,11 @@ def test_stopping_ends_every_process() -> None:
     async def body() -> None:
         async with EchoFleet({1: Fault("stop", "data")}) as echo:
             await echo.fleet.scale(2)
-            pids = [seen["pid"] for seen in await echo.fleet.broadcast("seen")]
-        await until(lambda: not any(_alive(pid) for pid in pids))
+            pids = {seen["pid"] for seen in await echo.fleet.broadcast("seen")}
+        assert len(pids) == 2 and echo.fleet.healthy == []
+        while left := {pid for pid in pids if _alive(pid)}:  # until they are gone, or ``drive`` gives up
+            await asyncio.sleep(0.01)
+        assert not left
 
     drive(body)
 

@@ -60,7 +60,10 @@ def refusal(document: dict[str, Any]) -> str:
     ],
 )
 def test_recipes_that_work_pass(stages: list[dict[str, Any]]) -> None:
-    validate(RunConfig, recipe(*stages), "test")
+    config = validate(RunConfig, recipe(*stages), "test")
+    assert [(stage.kind, stage.name) for stage in config.stages] == [
+        (stage["kind"], stage.get("name", stage["kind"])) for stage in stages
+    ]
 
 
 @pytest.mark.parametrize(
