@@ -87,7 +87,8 @@ def load_groups(job: OfflineJob) -> tuple[list[TrainGroup], list[TrainGroup]]:
         groups = load_supervised(job.records, load_tokenizer(job.learner.model.path), job.max_sequence_tokens)
         found, action = f"{len(groups)} records", "Add records, or mend data.where and data.limit."
     else:
-        labelled = read_groups(sorted(job.groups.glob("*.parquet")))
+        # A driver that was killed while it wrote a file has left half of it, or a second one of the same prompts.
+        labelled = read_groups(sorted(job.groups.glob("[!.]*.parquet")))
         if job.kind == "sft":
             groups = best_completions(labelled, min_score=job.min_score)
         else:

@@ -95,6 +95,17 @@ def test_people_who_replace_the_judge_give_a_warm_start_too(tmp_path: Path) -> N
     assert len({g.cluster for g in held_out}) == 1, "both prompts of a subject are held out"
 
 
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_what_a_killed_writer_left_is_not_learned_from(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "groups"
+    write_groups(folder / "feedback_0000.parquet", [group(f"p{i}", (2.0, 1.0)) for i in range(4)])
+    whole = (folder / "feedback_0000.parquet").read_bytes()
+    (folder / ".tmp-x1-feedback_0000.parquet").write_bytes(whole)  # killed before the rename
+    (folder / ".tmp-x2-feedback_0001.parquet").write_bytes(whole[: len(whole) // 2])
+    train, _ = load_groups(make_job(tmp_path, kind, held_out_fraction=0.0))
+    assert sorted(g.uid for g in train) == [f"p{i}" for i in range(4)]
+
+
 def test_supervised_records_of_a_file(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [{"instruction": f"Question {i}", "output": f"Answer {i}", "subject": f"s{i // 2}"} for i in range(8)]
     (tmp_path / "records.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -196,10 +196,11 @@ def metrics(run_dir: Path, stage: str = "rl") -> list[dict[str, Any]]:
     ]
 
 
-def table(run_dir: Path, kind: str, name: str = "*") -> list[dict[str, Any]]:
+def table(run_dir: Path, kind: str, name: str = "[!.]*") -> list[dict[str, Any]]:
     """Every row of a kind of table (``rollouts``, ``verdicts``, ``rankings``, ``eval``), in the files' order.
 
-    ``name`` is a pattern of files, such as ``step_*`` for the rollouts that were learned from.
+    ``name`` is a pattern of files, such as ``rl.step_*`` for the rollouts that were learned from; without one, what a
+    killed writer left is left out.
     """
     return [row for file in sorted((run_dir / kind).glob(f"{name}.parquet")) for row in read_table(file)]
 
