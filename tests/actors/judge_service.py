@@ -11,6 +11,11 @@ from typing import Any
 Reply = tuple[int, Any]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # five by default: more questions at once than that find no connection
+
+
 class Service:
     """Replies with what ``behave`` returns for the body of a question and the number of the try."""
 
@@ -37,8 +42,7 @@ class Service:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
