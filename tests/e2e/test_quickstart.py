@@ -40,7 +40,7 @@ def documented_files() -> list[str]:
     """Patterns of the files that the document's first listing shows; ``control/`` is there while it is used."""
     listing = DOCUMENT.read_text(encoding="utf-8").split("    RUN/\n")[1].split("\n\n")[0]
     names = re.findall(r"^ {6}(\S+)", listing, flags=re.MULTILINE)
-    return [name.replace("STAGE", "*").replace("NAME", "*") for name in names if name != "control/"]
+    return [re.sub("STAGE|PART|NAME", "*", name) for name in names if name != "control/"]
 
 
 def documented_keys() -> list[str]:
@@ -106,10 +106,10 @@ def assert_as_documented(run: Path) -> None:
 
 def assert_every_stage_did_its_part(run: Path) -> None:
     """Judge, reward model, supervised start, reinforcement learning and evaluation have each left their rows."""
-    assert len(recipes.table(run, "rollouts", "feedback_*")) == NUM_PROMPTS * NUM_SAMPLES
-    learned = recipes.table(run, "rollouts", "step_*")
+    assert len(recipes.table(run, "rollouts", "feedback.*")) == NUM_PROMPTS * NUM_SAMPLES
+    learned = recipes.table(run, "rollouts", "rl.step_*")
     assert len(learned) == NUM_STEPS * 4 * NUM_SAMPLES and all(row["score"] is not None for row in learned)
-    verdicts = recipes.table(run, "verdicts")
+    verdicts = recipes.table(run, "verdicts", "feedback.*")
     assert len(verdicts) == NUM_PROMPTS * NUM_SAMPLES and all(row["judge"] and row["texts"] for row in verdicts)
     assert len(recipes.table(run, "rankings")) == NUM_PROMPTS
     steps = recipes.metrics(run)
