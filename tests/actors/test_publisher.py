@@ -36,7 +36,7 @@ class ExportingRank:
 
         self.log.append(index)
         if index == self.fail_at:
-            raise ValueError("no memory")
+            raise MemoryError("no memory")
         return (ray.put(index), DIGESTS[index], 100) if self.rank == 0 else None
 
     def seen(self) -> list[object]:
