@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from actors.host_memory import HostMemory, module_tensors
 from actors.store import Store, fetch_all
 from actors.training_groups import fetch_group
 from rlhf.models.settings import ModelConfig
@@ -45,6 +46,7 @@ class FrozenWorker(ABC):
         self._max_tokens = max_tokens_per_batch
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._loaded: nn.Module | None = None
+        self._aside = HostMemory(torch.device(self._device).type)
 
     def start(self) -> None:
         """Loads the model and what belongs to it."""
@@ -64,6 +66,13 @@ class FrozenWorker(ABC):
     def _fetch(self, handles: Sequence[GroupHandle]) -> list[TrainGroup]:
         """Reads groups; raises ``RolloutsLostError`` where some are gone."""
         return fetch_all(handles, self._store, fetch_group, where=f"model {self._folder}")
+
+    def reside(self, parts: Sequence[str]) -> None:
+        """Keeps the model in device memory if ``weights`` are asked for, else in host memory."""
+        if "weights" in parts:
+            self._aside.restore()
+        else:
+            self._aside.park(module_tensors(self._model))
 
     def stop(self) -> None:
         """Drops the model."""

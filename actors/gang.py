@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.calls import await_ref, gather_all, kill
+from actors.parts import LEARNER_PARTS
 from actors.roles import Meter
 from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError, RolloutsLostError
 from rlhf.maths.packing import deal
@@ -46,6 +47,7 @@ class LearnerGang:
         self._timeout_s = timeout_s
         self._meter = meter
         self._num_epochs = num_epochs
+        self._resident = LEARNER_PARTS
 
     async def call(self, method: str, args_of_rank: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> list[Any]:
         """Calls a method on every rank and returns the results in rank order.
@@ -87,6 +89,31 @@ class LearnerGang:
         for handle in self.ranks:
             kill(handle)
         self.ranks = []
+
+    async def reside(self, parts: Collection[str]) -> None:
+        """Keeps these parts (``weights``, ``state``) of every rank in device memory, the others in host memory."""
+        async with self.lock:
+            await self._reside(frozenset(parts))
+
+    async def _reside(self, parts: frozenset[str]) -> None:
+        await self.call("reside", lambda rank: (sorted(parts),))
+        self._resident = parts
+
+    @contextlib.asynccontextmanager
+    async def exporting(self) -> AsyncIterator[None]:
+        """Keeps the weights still, and in device memory, for the length of a block.
+
+        A replica that joins while another phase is on finds the learner put aside; it is put aside again afterwards.
+        """
+        async with self.lock:
+            before = self._resident
+            if "weights" not in before:
+                await self._reside(before | {"weights"})
+            try:
+                yield
+            finally:
+                if self._resident != before and self.ranks:
+                    await self._reside(before)
 
     async def start(self) -> None:
         """Loads the model and joins the process group on every rank."""

@@ -171,13 +171,9 @@ class GenerationWorker:
         """BLAKE2b of each tensor that the last update handed to the engine, by Hugging Face name."""
         return await self._engine.weights.tensor_digests()
 
-    async def sleep(self, keep_weights: bool = True) -> None:
-        """Gives GPU memory back between phases, where the engine section allows it."""
-        await self._engine.sleep(keep_weights=keep_weights)
-
-    async def wake(self, parts: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Takes GPU memory back."""
-        await self._engine.wake(parts)
+    async def reside(self, parts: Sequence[str]) -> None:
+        """Keeps these parts (``weights``, ``kv_cache``) in GPU memory, where the engine section allows it to sleep."""
+        await self._engine.reside(parts)
 
     async def stats(self) -> Mapping[str, float]:
         """Totals since construction: tokens and completions drawn, seconds with work in hand; -1 is no version."""

@@ -332,6 +332,10 @@ class JudgeWorker(JudgeBase):
                 answers[index] = Answer(log_probs, num_tokens=len(question.prompt_ids))
         return [answers[index] for index in range(len(requests))]
 
+    async def reside(self, parts: Sequence[str]) -> None:
+        """Keeps these parts (``weights``, ``kv_cache``) in GPU memory, where the engine section allows it to sleep."""
+        await self._engine.reside(parts)
+
     async def stop(self) -> None:
         """Ends the engine and its processes."""
         await self._engine.stop()

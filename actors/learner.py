@@ -361,6 +361,14 @@ class LearnerWorker:
         bucket = self._exporter.bucket(index)
         return None if bucket is None else (self._store.put(bucket), bucket.digest, int(bucket.data.nbytes))
 
+    def reside(self, parts: Sequence[str]) -> None:
+        """Keeps these parts (``weights``, ``state``) in device memory, the others in host memory; not a collective.
+
+        Publication needs the weights, everything else both.
+        """
+        self._engine.reside(parts)
+        self._runner.reside(parts)
+
     def save(self, directory: Path) -> None:
         """Writes this rank's state under an existing directory; the caller makes it atomic."""
         self._engine.save(directory)

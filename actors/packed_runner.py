@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from actors.deepspeed.engine import TrainEngine
+from actors.host_memory import HostMemory, module_tensors
 from actors.ranks import ProcessGroup
 from actors.settings import LearnerConfig
 from actors.training_groups import TokenValues, frozen_log_probs, row_length
@@ -46,6 +47,7 @@ class PackedRunner:
         self._pad_id = pad_id
         self._temperature = temperature
         self._frozen: nn.Module | None = None
+        self._aside = HostMemory(group.device.type)
 
     def plan(self, groups: Sequence[TrainGroup]) -> list[list[int]]:
         """This rank's micro-batches; every rank gets the same number, empty ones at the end where it has too few."""
@@ -98,6 +100,13 @@ class PackedRunner:
             max_tokens=self._config.max_tokens_per_micro_batch,
             temperature=self._temperature,
         )
+
+    def reside(self, parts: Collection[str]) -> None:
+        """Puts the frozen copy aside with the learner's state, which only an update needs, or brings it back."""
+        if "state" in parts:
+            self._aside.restore()
+        elif self._frozen is not None:
+            self._aside.park(module_tensors(self._frozen))
 
 
 def _stand_in() -> TrainGroup:

@@ -47,7 +47,7 @@ class BucketPublisher:
             RlhfError: Replicas were lost and the fleet's restarts are used up.
         """
         metrics: Mapping[str, float] = {}
-        async with self._gang.lock:
+        async with self._gang.exporting():
             try:
                 metrics = await self._send(version, self.fleet.broadcast)
             except PublicationError:
@@ -67,7 +67,7 @@ class BucketPublisher:
             where = f"{self.fleet.role}.{method}"
             await await_ref(getattr(handle, method).remote(*args), timeout_s=self._timeout_s, where=where)
 
-        async with self._gang.lock:
+        async with self._gang.exporting():
             await self._send(self._version, newcomer)
 
     async def _send(self, version: int, deliver: Callable[..., Awaitable[object]]) -> Mapping[str, float]:

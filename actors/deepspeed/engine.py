@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.deepspeed.config import DeepSpeedConfig, OptimConfig, deepspeed_settings, learning_rate
+from actors.host_memory import HostMemory, module_tensors, storage_id, tensors_within
+from actors.parts import LEARNER_PARTS
 from actors.ranks import ProcessGroup
-from rlhf.errors import CheckpointError, NonFiniteError
+from rlhf.errors import CheckpointError, LearnerError, NonFiniteError
 from rlhf.maths.packing import PackedBatch
 
 TAG = "engine"
@@ -101,6 +103,8 @@ class TrainEngine:
         if dtype == "bfloat16" and config.zero_stage == 0:
             for parameter in trained:
                 parameter.grad_dtype = torch.float32
+        self._aside = {part: HostMemory(group.device.type) for part in sorted(LEARNER_PARTS)}
+        self._resident = set(LEARNER_PARTS)
 
     @property
     def module(self) -> nn.Module:
@@ -115,6 +119,7 @@ class TrainEngine:
 
     def forward(self, batch: PackedBatch, options: dict[str, Any]) -> dict[str, Tensor]:
         """Runs the module in training mode; gradients as the caller's context says."""
+        self._require("weights")
         outputs: dict[str, Tensor] = self._engine(batch, options)
         return outputs
 
@@ -135,6 +140,7 @@ class TrainEngine:
             loss: This micro-batch's share: shares add up over micro-batches and ranks.
             last: Whether it is the last one before ``step``.
         """
+        self._require(*LEARNER_PARTS)
         if not torch.isfinite(loss):
             # The gradient has to carry the news to all ranks, even where it would be finite itself.
             loss = loss * torch.nan
@@ -148,6 +154,7 @@ class TrainEngine:
         Raises:
             NonFiniteError: The third skip in a row.
         """
+        self._require(*LEARNER_PARTS)
         lr = self.lr
         for parameters in self._optimizer.param_groups:
             parameters["lr"] = lr
@@ -180,6 +187,7 @@ class TrainEngine:
     @contextlib.contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """A context in which the parameters are whole on every rank; a collective at stage 3, free below it."""
+        self._require("weights")
         if self._config.zero_stage < 3:
             yield
             return
@@ -193,6 +201,7 @@ class TrainEngine:
 
         Files are written in place: the caller makes the directory temporary and renames it.
         """
+        self._require(*LEARNER_PARTS)
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         for script in RECOVERY_SCRIPTS:
             (directory / script).unlink(missing_ok=True)
@@ -214,6 +223,7 @@ class TrainEngine:
         Raises:
             CheckpointError: It was written by another number of ranks or at another ZeRO stage.
         """
+        self._require(*LEARNER_PARTS)
         path = directory / f"rank_{self._group.rank}.pt"
         if not path.is_file():
             raise _mismatch(directory, f"no {path.name}", f"the state of {self._group.world_size} ranks")
@@ -229,6 +239,44 @@ class TrainEngine:
         torch.set_rng_state(state["rng"])
         if state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"])
+
+    def reside(self, parts: Collection[str]) -> None:
+        """Keeps these of ``LEARNER_PARTS`` in device memory and puts the others aside in host memory, bit for bit.
+
+        DeepSpeed's own ``offload_states`` knows neither stage 0 nor, at stage 3, PyTorch's AdamW. What is put aside
+        here is found by storage: weights first, then whatever else the optimizer and its wrappers hold. Communication
+        buffers and what a library allocates by itself stay on the device.
+        """
+        if self._config.zero_stage == 3 and not self._resident <= set(parts):
+            self._engine.empty_partition_cache()
+        weights = {storage_id(tensor) for tensor in module_tensors(self.module)}
+        for part in sorted(LEARNER_PARTS):
+            if part in parts:
+                continue
+            self._resident.discard(part)
+            found = module_tensors(self.module) if part == "weights" else self._state_tensors()
+            self._aside[part].park(t for t in found if part == "weights" or storage_id(t) not in weights)
+        for part in sorted(LEARNER_PARTS):
+            if part in parts:
+                self._aside[part].restore()
+                self._resident.add(part)
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        yield from tensors_within(self._optimizer)
+        yield from tensors_within(self._engine.optimizer)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                yield parameter.grad
+
+    def _require(self, *parts: str) -> None:
+        lacking = [part for part in parts if part not in self._resident]
+        if lacking:
+            raise LearnerError(
+                f"learner rank {self._group.rank}",
+                found=f"{' and '.join(lacking)} in host memory",
+                needed="them on the device",
+                action="Hold the phase gate for the learner around this call.",
+            )
 
     def close(self) -> None:
         """Removes DeepSpeed's hooks."""

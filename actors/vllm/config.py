@@ -26,13 +26,15 @@ class EngineConfig(StrictModel):
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of a GPU's memory that weights, activations and cache may fill; read where ``kv_cache_gib`` is null."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Devices that share one copy of the weights."""
+    """Devices that share one copy of the weights. On GPUs as many as the replica has (``resources.gpus``); it has to
+    divide the model's attention heads."""
     enforce_eager: bool = True
     """Run layers as written; false compiles them (and captures CUDA graphs) at start, which pays in long runs."""
     enable_prefix_caching: bool = True
     """Compute what prompts share, such as the prompt of K siblings, once."""
     enable_sleep: bool = False
-    """Let the engine give back GPU memory between phases; on a CPU there is nothing to give back."""
+    """Let the engine give back GPU memory between phases (``gate: shared``); on a CPU there is nothing to give back.
+    While it sleeps its weights are in host memory, and some GPU memory stays with its process."""
     block_size: int | None = Field(default=None, ge=16, multiple_of=16)
     """Tokens in a block of the KV cache; prompts share whole blocks. Null leaves the choice to vLLM (16 on most GPUs);
     on a CPU it is 32, as vLLM's own 128 is longer than many prompts."""

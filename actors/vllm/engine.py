@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.parts import ENGINE_PARTS
 from actors.vllm.config import EngineConfig
 from actors.vllm.link import EngineLink
 from actors.vllm.processes import Cores, descendants, end_processes, engine_environment, restored_environment
@@ -280,29 +281,24 @@ class VllmEngine:
 
     # -- memory -------------------------------------------------------------------------------------------------
 
-    async def sleep(self, *, keep_weights: bool) -> None:
-        """Frees the memory of weights and KV cache on a GPU; what is in flight stands still and is computed anew.
+    async def reside(self, parts: Collection[str]) -> None:
+        """Keeps these of ``ENGINE_PARTS`` in GPU memory; does nothing unless ``enable_sleep`` is set.
 
-        Does nothing unless ``enable_sleep`` is set.
-
-        Args:
-            keep_weights: Keep a copy of the weights in host memory. Without it the engine serves only after the next
-                weight update.
+        Weights that are put aside wait in host memory; the KV cache is dropped, and what is in flight stands still
+        until it is there again and is then computed anew. Nothing is served while a part is aside. Weights can be
+        brought back without the cache, so that an update finds them before the cache takes the rest of the memory.
         """
-        if not self._config.enable_sleep or self._link.asleep:
+        if not self._config.enable_sleep:
             return
-        async with self._link.admission:
-            llm = self._link.alive()
-            self._link.asleep = True
-            await self._link.call(llm.sleep(level=1 if keep_weights else 2, mode="keep"), "sleep")
-            if not keep_weights:
-                self._link.refuse("it gave its weights up to sleep")
-
-    async def wake(self, parts: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Takes memory back; ``weights`` can be woken for an update before ``kv_cache``, to keep the peak low."""
-        if not self._link.asleep:
-            return
-        llm = self._link.alive()
-        if await self._link.call(llm.wake_up(tags=list(parts)), "wake"):
-            self._link.asleep = False
-            await self._link.call(llm.resume_generation(), "resume")
+        link, aside = self._link, ENGINE_PARTS - set(parts)
+        async with link.admission:
+            llm = link.alive()
+            if aside - link.asleep:  # vLLM lets go of everything at once
+                link.asleep = ENGINE_PARTS
+                await link.call(llm.sleep(level=1, mode="keep"), "sleep")
+            woken = link.asleep - aside
+            if woken:  # vLLM wakes nothing at all where one of the names is awake already
+                await link.call(llm.wake_up(tags=sorted(woken)), "wake")
+                link.asleep = aside
+            if woken and not aside:
+                await link.call(llm.resume_generation(), "resume")

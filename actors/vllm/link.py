@@ -27,7 +27,7 @@ class EngineLink:
         version: Version of the weights that are served; None while nothing may be served.
         settled: Clear while a weight update is under way.
         admission: Held while requests are submitted, and while an update begins.
-        asleep: Whether GPU memory was given back.
+        asleep: Parts whose GPU memory was given back.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,7 +37,7 @@ class EngineLink:
         self.settled = asyncio.Event()
         self.settled.set()
         self.admission = asyncio.Lock()
-        self.asleep = False
+        self.asleep: frozenset[str] = frozenset()
         self._why_not = "it has not been started"
 
     @property
@@ -60,7 +60,7 @@ class EngineLink:
         if self.version is None:
             raise self.failed(f"an engine that serves nothing: {self._why_not}")
         if self.asleep:
-            raise self.failed("an engine that is asleep")
+            raise self.failed(f"an engine without its {' and '.join(sorted(self.asleep))} in device memory")
         if self.version < version or (exact and self.version != version):
             raise EngineError(
                 self.name,

@@ -41,6 +41,8 @@ class WeightUpdates:
         await self.abort(f"its update was given up for one to version {version}")
         async with link.admission:
             llm = link.alive()
+            if "weights" in link.asleep:
+                raise link.failed("an engine whose weights are not in device memory")
             link.settled.clear()
             link.refuse(f"its update to version {version} has not finished")
             self._ends = time.monotonic() + self._timeout_s

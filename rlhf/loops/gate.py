@@ -1,25 +1,22 @@
-"""Phase gates: who may compute when roles share cores or device memory."""
+"""The budget gate: who may compute when roles share cores."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from rlhf.errors import ConfigError
 from rlhf.protocols import PhaseGate, RewardSource
 from rlhf.types import GroupHandle, Score
 
-Hook = Callable[[], Awaitable[None]]
-
 
 class BudgetGate:
     """A device budget that roles acquire and release, first come, first served.
 
     On a machine with few cores every role's share is the whole budget, so one role computes at a time with all cores:
-    overlap there costs more than it saves. On shared GPUs the shares are fractions of device memory, and the hooks wake
-    a role when it enters (weights, cache) and put it to sleep when another needs the room (offload).
+    overlap there costs more than it saves. ``rlhf.loops.shared_gate`` adds what roles on the same GPUs need.
 
     produces: permission to compute. consumes: nothing. waits for: enough free budget, in order of arrival.
     unblocked by: another role's release. A role never asks while it holds, so there is no cycle to deadlock in. A role
@@ -28,18 +25,9 @@ class BudgetGate:
     Args:
         shares: Budget taken by each role, of ``capacity``; a role that is not named takes nothing.
         capacity: The whole budget.
-        wake: Called when a role has acquired its share, before it computes.
-        rest: Called when a role gives its share back.
     """
 
-    def __init__(
-        self,
-        shares: Mapping[str, float],
-        *,
-        capacity: float = 1.0,
-        wake: Mapping[str, Hook] | None = None,
-        rest: Mapping[str, Hook] | None = None,
-    ) -> None:
+    def __init__(self, shares: Mapping[str, float], *, capacity: float = 1.0) -> None:
         for role, share in shares.items():
             if not 0.0 <= share <= capacity:
                 raise ConfigError(
@@ -51,8 +39,6 @@ class BudgetGate:
         self._shares = dict(shares)
         self._free = capacity
         self._queue: deque[tuple[float, asyncio.Future[None]]] = deque()
-        self._wake = dict(wake or {})
-        self._rest = dict(rest or {})
 
     def hold(self, role: str) -> AbstractAsyncContextManager[None]:
         """A context in which ``role`` may compute."""
@@ -63,13 +49,7 @@ class BudgetGate:
         share = self._shares.get(role, 0.0)
         await self._acquire(share)
         try:
-            if role in self._wake:
-                await self._wake[role]()
-            try:
-                yield
-            finally:
-                if role in self._rest:
-                    await self._rest[role]()
+            yield
         finally:
             self._free += share
             self._admit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.multiprocessing as mp
@@ -13,27 +13,30 @@ import torch.multiprocessing as mp
 from actors.ranks import ProcessGroup, RankInfo, free_port
 
 
-def _entry(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def _entry(info: RankInfo, work: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
+    os.environ["DS_ACCELERATOR"] = info.device
     torch.set_num_threads(1)
-    info = RankInfo(rank=rank, world_size=world, master_port=port, threads=1)
     try:
         group = ProcessGroup(info, timeout_s=60)  # DeepSpeed keeps to the first group of a process
-        queue.put((rank, work(info, *args), None))
+        queue.put((info.rank, work(info, *args), None))
         group.close()
     except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+        queue.put((info.rank, None, traceback.format_exc()))
 
 
-def run_ranks(world: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_ranks(
+    world: int,
+    work: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 240.0,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> list[Any]:
     """Runs ``work(info, *args)`` in ``world`` fresh processes and returns their results in rank order."""
     context = mp.get_context("spawn")
     queue = context.Queue()
     port = free_port()
-    processes = [
-        context.Process(target=_entry, args=(rank, world, port, work, args, queue), daemon=True)
-        for rank in range(world)
-    ]
+    infos = [RankInfo(rank, world, master_port=port, threads=1, device=device) for rank in range(world)]
+    processes = [context.Process(target=_entry, args=(info, work, args, queue), daemon=True) for info in infos]
     for process in processes:
         process.start()
     try:

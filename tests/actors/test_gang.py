@@ -6,15 +6,67 @@ import asyncio
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.gang import LearnerGang
 from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError, WorkerError
 from tests.fakes import make_group
 
 engine = pytest.mark.engine
+
+
+class MovingRank:
+    """Writes down every call, as an actor handle does: ``rank.method.remote(...)``."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.failing = ""
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *args: self._call(method, *args))
+
+    def _call(self, method: str, *args: Any) -> Any:
+        self.log.append(" ".join([method, *(str(part) for arg in args for part in arg)]))
+        answer: Future[None] = Future()
+        if method == self.failing:
+            answer.set_exception(RayActorError())
+        else:
+            answer.set_result(None)
+        return SimpleNamespace(future=lambda: answer)
+
+
+def test_weights_are_in_device_memory_for_an_export_and_go_back_to_where_they_were(monkeypatch) -> None:
+    monkeypatch.setattr("actors.gang.kill", lambda handle: None)
+    ranks = [MovingRank(), MovingRank()]
+    gang = LearnerGang("learner", ranks, timeout_s=5.0)
+
+    async def export() -> None:
+        async with gang.exporting():
+            await gang.call("put_bucket")
+
+    async def body() -> None:
+        await export()
+        await gang.reside(())
+        await export()
+        await gang.reside({"weights"})
+        await export()
+        ranks[0].failing = "put_bucket"
+        await gang.reside(())
+        with pytest.raises(LearnerError):
+            await export()
+        with pytest.raises(LearnerError, match="a gang that was ended"):
+            await gang.reside({"weights"})
+
+    asyncio.run(asyncio.wait_for(body(), 10))
+    around = ["reside weights", "put_bucket", "reside"]
+    expected = ["put_bucket", "reside", *around, "reside weights", "put_bucket", "reside", *around[:2]]
+    assert ranks[0].log == ranks[1].log == expected
 
 
 class RankWorker:

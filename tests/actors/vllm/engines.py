@@ -25,6 +25,7 @@ ENGINE = EngineConfig(
     max_num_batched_tokens=256,  # a step's prompts do not fit into one pass
     kv_cache_gib=0.1,
     update_timeout_s=60.0,
+    enable_sleep=True,  # on a CPU nothing is freed, but vLLM keeps account of what is asleep
 )
 SAMPLING = SamplingConfig(max_tokens=24)
 
@@ -62,9 +63,9 @@ def texts_and_bits(groups: Sequence[GroupHandle]) -> list[tuple[str, bytes, byte
 class RunningWorker:
     """A started worker and the event loop that it lives in; versions only ever grow."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, worker: GenerationWorker | None = None) -> None:
         self.model = model
-        self.worker = make_worker(model)
+        self.worker = worker or make_worker(model)
         self.version = 0
         self._runner = asyncio.Runner()
         self.run(self.worker.start())
