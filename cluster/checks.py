@@ -12,6 +12,7 @@ from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import RewardStage, SupervisedStage
 from cluster.stages.online import OnlineStage
+from cluster.tensor_parallel import check_heads
 from rlhf.data.prompts import load_prompts
 from rlhf.errors import ConfigError, DataError
 
@@ -41,6 +42,7 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     Raises:
         ConfigError: A model or constitution cannot be used, or not as the stages would use it.
         DataError: A data file cannot be used; names file and line.
+        PlacementError: A model cannot be cut into as many pieces as an engine has GPUs.
     """
     from rlhf.data.formats import read_rows
     from rlhf.models.load import load_tokenizer
@@ -60,7 +62,7 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
             read_rows(str(path))  # the file's own faults come before the model is looked for
     folders = _resolve_models(config)
     model = folders["model"]
-    _check_contexts(config, folders)
+    _check_engines(config, folders)
     tokenizer = load_tokenizer(str(model))
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
     _check_stage_data(config, tokenizer, folders)
@@ -127,8 +129,8 @@ def _resolve_models(config: RunConfig) -> dict[str, Path]:
     return found
 
 
-def _check_contexts(config: RunConfig, folders: Mapping[str, Path]) -> None:
-    """An engine's context must not be longer than its model's, where the model's is a plain number."""
+def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
+    """An engine has heads for all its GPUs, and no longer a context than its model's, where that is a plain number."""
     from rlhf.runs.files import read_json
 
     roles = config.roles
@@ -137,11 +139,14 @@ def _check_contexts(config: RunConfig, folders: Mapping[str, Path]) -> None:
         engines["judge"] = (roles.judge.engine, folders.get("roles.judge.model", folders["model"]))
     used = set().union(*(roles_of(config, stage) for stage in config.stages))
     for role, (engine, folder) in engines.items():
+        if role not in used:
+            continue
+        check_heads(role, engine.tensor_parallel_size, folder)
         settings = read_json(folder / "config.json")
         longest = settings.get("max_position_embeddings")
         scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
         is_plain = isinstance(longest, int) and scaling.get("rope_type", "default") == "default"
-        if role in used and is_plain and engine.max_model_len > longest:
+        if is_plain and engine.max_model_len > longest:
             raise ConfigError(
                 f"roles.{role}.engine.max_model_len",
                 found=f"{engine.max_model_len}",

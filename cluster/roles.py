@@ -8,6 +8,7 @@ from pydantic import Field
 
 from actors.settings import EndpointConfig
 from actors.vllm.config import EngineConfig
+from cluster.tensor_parallel import check_gpus
 from cluster.topology import Resources, RolePlan
 from rlhf.config import StrictModel
 
@@ -92,8 +93,14 @@ class Roles(StrictModel):
     """Trains the value model (PPO)."""
 
     def plan(self, role: str) -> RolePlan:
-        """The bundles of one role."""
+        """The bundles of one role.
+
+        Raises:
+            PlacementError: An engine is cut into more or fewer pieces than its replica has GPUs.
+        """
         section = getattr(self, role)
+        if isinstance(section, GenerationRole) or (isinstance(section, JudgeRole) and section.endpoint is None):
+            check_gpus(role, section.engine.tensor_parallel_size, section.resources.gpus)
         count = section.ranks if isinstance(section, LearnerRole) else section.replicas
         resources = section.resources
         return RolePlan(role, count, resources.cpus, resources.gpus, resources.strategy)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf.config import StrictModel
 from rlhf.errors import PlacementError
@@ -23,7 +23,7 @@ class Resources(StrictModel):
     cpus: float = Field(default=0.25, ge=0)
     """Ray's CPU share of one actor: what placement counts. Not the number of threads it computes with."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one actor; a fraction shares a device."""
+    """GPUs of one actor: a whole number, or a fraction below 1, which shares a device."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of one actor on a CPU; unset: every core of its node."""
     strategy: Strategy = "PACK"
@@ -37,6 +37,13 @@ class Resources(StrictModel):
     of learners that are started again without a newer checkpoint in between."""
     restart_window_s: float = Field(default=3600.0, gt=0)
     """Seconds after which the replacement of a dead replica no longer counts."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_fraction(cls, gpus: float) -> float:
+        if gpus > 1.0 and gpus != int(gpus):
+            raise ValueError("a whole number of GPUs, or a fraction below 1")
+        return gpus
 
 
 @dataclass(frozen=True, slots=True)
