@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cluster.roles import Roles
+from cluster.sharing import check_sharing
 from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import PreferenceStage, RewardStage, SupervisedStage
@@ -86,8 +87,10 @@ class RunConfig(StrictModel):
     """How many of each role, where, with what."""
     recorder: Resources = Resources(cpus=0.1)
     """What the recorder, the evaluator and the worker of the rules take, each."""
-    gate: Literal["exclusive", "open"] = "exclusive"
-    """``exclusive``: one role computes at a time, with all cores. ``open``: every role has devices of its own."""
+    gate: Literal["exclusive", "shared", "open"] = "exclusive"
+    """``exclusive``: one role computes at a time, with all cores. ``shared``: roles with a fraction of a GPU take turns
+    in the memory of that one GPU; what a phase does not need waits in host memory. ``open``: every role has devices of
+    its own."""
     stages: list[Stage] = Field(min_length=1)
     """What is done, in order."""
     criteria: CriteriaConfig | None = None
@@ -106,6 +109,8 @@ class RunConfig(StrictModel):
             _check_stage(self, stage)
             _check_batch(self, stage)
         _check_order(self.stages)
+        if self.gate == "shared":
+            check_sharing(self.roles, {role for stage in self.stages for role in roles_of(self, stage)})
         return self
 
     @property

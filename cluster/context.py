@@ -24,19 +24,18 @@ from cluster.control import ScaleRequests, clear_requests, request_stop
 from cluster.placement import RUN_MARK, Placer, connect, disconnect, free_nodes
 from cluster.planning import check_placement, stage_plans
 from cluster.roles import LearnerRole
+from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
 from cluster.topology import fits
 from rlhf.errors import RlhfError
-from rlhf.loops.gate import BudgetGate
+from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
+from rlhf.protocols import PhaseGate
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json, write_json
 from rlhf.runs.memory import MemorySampler
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
 from rlhf.types import Prompt
-
-SHARING_ROLES = ("generation", "judge", "scorer", "reference", "critic", "learner", "publish")
-"""Roles that the exclusive gate lets compute one at a time."""
 
 
 class StopRequestedError(RlhfError):
@@ -54,7 +53,7 @@ class Policy:
 class TimedGate:
     """A gate that also adds each hold to the timings, as ``STAGE/ROLE``; the wait for the gate is not counted."""
 
-    def __init__(self, gate: BudgetGate, timings: Timings, stage: str) -> None:
+    def __init__(self, gate: PhaseGate, timings: Timings, stage: str) -> None:
         self._gate = gate
         self._timings = timings
         self._stage = stage
@@ -91,7 +90,7 @@ class RunContext:
     policy: Policy
     timings: Timings
     metrics: MetricsLogger
-    gate: BudgetGate
+    gate: PhaseGate
     inputs: Mapping[str, list[Prompt]]
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     serving: Policy | None = None
@@ -174,6 +173,7 @@ class RunContext:
             if role in self._fleets:
                 return self._fleets[role]
             wanted = self._wanted(role)
+            refuse_scale(self.config, role, wanted)
             resources = self.config.resources(role)
             placer = self._placers[role] = await Placer.reserved(role, resources, wanted)
             limits = FleetLimits(
@@ -187,7 +187,17 @@ class RunContext:
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):
                 await fleet.scale(wanted)
+            self._share(role, fleet_mover(fleet, self.timings))
         return fleet
+
+    def _share(self, role: str, move: Mover) -> None:
+        """Tells a shared gate of a role that has just started on the GPU that others use too."""
+        if isinstance(self.gate, SharedGate) and role in sharing_roles(self.config.roles):
+            self.gate.join(role, PARTS[role], move)
+
+    def _unshare(self, role: str) -> None:
+        if isinstance(self.gate, SharedGate):
+            self.gate.leave(role)
 
     def _wanted(self, role: str) -> int:
         return self._requests.replicas(role, self.config.count(role))
@@ -209,6 +219,7 @@ class RunContext:
     async def release(self, role: str) -> None:
         """Ends a role's fleet and gives its placement back; nothing happens where there is none."""
         fleet = self._fleets.pop(role, None)
+        self._unshare(role)
         if fleet is not None:
             await fleet.stop()
             self._placers.pop(role).close()
@@ -233,7 +244,7 @@ class RunContext:
                     threads=resources.threads or os.cpu_count() or 1,
                     device="cuda" if resources.gpus else "cpu",
                 )
-                variables = {"DS_ACCELERATOR": self.accelerator}
+                variables = {"DS_ACCELERATOR": info.device}
                 kwargs_of_rank = common | {"rank": info}
                 gang.ranks.append(await asyncio.to_thread(placer.spawn, LearnerWorker, kwargs_of_rank, variables))
             if section.ranks > 1:
@@ -242,9 +253,11 @@ class RunContext:
             async with self.gate.hold(role):
                 with self.timings.phase(f"start/{role}"):
                     await gang.start()
+                self._share(role, gang_mover(gang, self.timings))
             yield gang
             await gang.stop()
         finally:
+            self._unshare(role)
             gang.kill()
             placer.close()
 
@@ -257,6 +270,7 @@ class RunContext:
                     continue
                 self.event("scaling", role=role, replicas=wanted)
                 try:
+                    refuse_scale(self.config, role, wanted)
                     await fleet.scale(wanted)
                 except RlhfError as error:  # the run goes on with the replicas that it has
                     self._requests.refuse(role, error)
@@ -303,7 +317,7 @@ async def open_context(
             policy=latest_policy(config, run, start),
             timings=Timings(run.timings),
             metrics=MetricsLogger(run.metrics, tensorboard=run.tensorboard),
-            gate=BudgetGate({role: 1.0 for role in SHARING_ROLES} if config.gate == "exclusive" else {}),
+            gate=build_gate(config),
             inputs=inputs,
         )
         watch = asyncio.create_task(context.watch_control())

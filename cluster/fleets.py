@@ -97,6 +97,7 @@ async def scorer_fleet(context: RunContext) -> Fleet:
         "store": await context.store(),
         "dtype": role.dtype,
         "threads": role.resources.threads,
+        "device": "cuda" if role.resources.gpus else "cpu",
         "max_tokens_per_batch": role.max_tokens_per_batch,
     }
     return await context.fleet("scorer", ScorerWorker, kwargs)
@@ -115,6 +116,7 @@ async def reference_annotator(context: RunContext, policy: Policy) -> FleetAnnot
         "store": await context.store(),
         "dtype": role.dtype,
         "threads": role.resources.threads,
+        "device": "cuda" if role.resources.gpus else "cpu",
         "max_tokens_per_batch": role.max_tokens_per_batch,
         "temperature": context.config.sampling.temperature,
     }

@@ -137,7 +137,8 @@ class _OnlineRun:
         self.roles = await self._assemble(stack)
         first_step = await self._resume()
         version = context.policy.version
-        await self.publisher.publish(version + first_step)
+        async with self.roles.gate.hold("publish"):
+            await self.publisher.publish(version + first_step)
         with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
             hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set, context.event)
             done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
@@ -203,7 +204,8 @@ class _OnlineRun:
 
     async def _load(self, path: Path) -> None:
         for name, learner in self.learners.items():
-            await learner.load(path / name)
+            async with self.context.gate.hold(name):
+                await learner.load(path / name)
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
@@ -247,7 +249,8 @@ class _OnlineRun:
         async def write(directory: Path) -> None:
             for name, learner in self.learners.items():
                 (directory / name).mkdir()
-                await learner.save(directory / name)
+                async with self.context.gate.hold(name):
+                    await learner.save(directory / name)
 
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
             measured_on = None if self.validation_rewards is None else self.validation_rewards.state()
@@ -275,7 +278,8 @@ class _OnlineRun:
         partial = target.with_name(".policy")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        await self.gang.export(partial)
+        async with self.context.gate.hold("learner"):
+            await self.gang.export(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         version = self.context.policy.version + (best.step if best is not None else steps)
