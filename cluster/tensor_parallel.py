@@ -30,7 +30,9 @@ def check_gpus(role: str, pieces: int, gpus: float) -> None:
 
 
 def check_heads(role: str, pieces: int, model: Path) -> None:
-    """Every piece holds as many attention heads as the others.
+    """Every piece holds as many attention heads as the others, and whole key-value heads.
+
+    Key-value heads that are fewer than the pieces are copied, each as often as the others.
 
     Args:
         role: Section of the role.
@@ -41,12 +43,17 @@ def check_heads(role: str, pieces: int, model: Path) -> None:
         PlacementError: The heads cannot be shared out evenly.
     """
     settings: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    heads = settings.get("num_attention_heads") or settings.get("text_config", {}).get("num_attention_heads")
-    if isinstance(heads, int) and heads % pieces:
-        fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+    if "num_attention_heads" not in settings:
+        settings = settings.get("text_config") or {}
+    heads = settings.get("num_attention_heads")
+    if not isinstance(heads, int):
+        return
+    shared = settings.get("num_key_value_heads") or heads
+    fitting = [size for size in range(1, heads + 1) if heads % size == 0 and 0 in (shared % size, size % shared)]
+    if pieces not in fitting:
         raise PlacementError(
             f"role {role}",
-            found=f"engine.tensor_parallel_size {pieces} for a model with {heads} attention heads",
-            needed=f"a divisor of {heads}: {fitting}",
+            found=f"engine.tensor_parallel_size {pieces} for a model with {heads} attention heads, {shared} of keys",
+            needed=f"one of {', '.join(map(str, fitting))}",
             action=f"Change roles.{role}.engine.tensor_parallel_size and its GPUs.",
         )

@@ -15,6 +15,8 @@ from cluster.topology import NodeCapacity, Resources, assign
 from rlhf.config import validate
 from rlhf.errors import ConfigError, PlacementError
 
+SIZES = [*range(1, 11), 14, 28]
+
 
 def roles(role: str, pieces: int, gpus: float, **fields: Any) -> Roles:
     section = {"resources": {"gpus": gpus}, "engine": {"tensor_parallel_size": pieces}, **fields}
@@ -62,14 +64,16 @@ def test_a_fraction_beside_whole_gpus_is_refused(gpus: float) -> None:
     ("settings", "fitting"),
     [
         ({"num_attention_heads": 9, "num_key_value_heads": 3}, [1, 3, 9]),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, [1, 2, 4, 8]),
+        ({"num_attention_heads": 28, "num_key_value_heads": 4}, [1, 2, 4, 28]),
         ({"text_config": {"num_attention_heads": 8}}, [1, 2, 4, 8]),
-        ({"text_config": {}}, list(range(1, 11))),
-        ({}, list(range(1, 11))),
+        ({"text_config": {}}, SIZES),
+        ({}, SIZES),
     ],
 )
 def test_the_heads_of_a_model_are_shared_out_evenly(settings: dict[str, Any], fitting: list[int], tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    for pieces in range(1, 11):
+    for pieces in SIZES:
         if pieces in fitting:
             check_heads("generation", pieces, tmp_path)
             continue
