@@ -20,11 +20,13 @@ from tests.fakes import FakeRun, breathe, loop_config
 SLEEPING = {"resources": {"gpus": 0.2}, "engine": {"enable_sleep": True}}
 
 
-def recipe(roles: dict[str, Any], gate: str = "shared") -> RunConfig:
-    rewards = [{"source": "rules", "rules": [{"rule": "repetition"}]}]
+RULES = {"source": "rules", "rules": [{"rule": "repetition"}]}
+
+
+def recipe(roles: dict[str, Any], gate: str = "shared", rewards: tuple[dict[str, Any], ...] = (RULES,)) -> RunConfig:
     online = {"kind": "rl", "rewards": rewards, "loop": {"steps": 1, "prompts_per_step": 2, "num_samples": 2}}
     document = {"name": "r", "model": "m", "gate": gate, "roles": roles, "data": {"train": {"path": "p.jsonl"}}}
-    return validate(RunConfig, document | {"stages": [online]}, "recipe")
+    return validate(RunConfig, document | {"constitutions": {"training": "c.yaml"}, "stages": [online]}, "recipe")
 
 
 def gpus(share: float, **fields: Any) -> dict[str, Any]:
@@ -47,7 +49,25 @@ def test_roles_with_a_fraction_take_turns_and_others_are_left_alone() -> None:
         async with gate.hold("learner"):
             assert moved == ["generation"]
 
-    asyncio.run(asyncio.wait_for(body(), 5.0))
+    asyncio.run(asyncio.wait_for(body(), 60.0))
+
+
+@pytest.mark.parametrize(("rewards", "parts"), [((RULES,), [()]), ((RULES, {"source": "judge"}), [])])
+def test_a_judge_stays_for_the_scorers_phase_where_it_is_a_reward_too(rewards: Any, parts: list[Any]) -> None:
+    roles = {"generation": SLEEPING, "judge": SLEEPING, "scorer": gpus(0.2), "learner": gpus(0.2)}
+    gate = build_gate(recipe(roles, rewards=rewards))
+    assert isinstance(gate, SharedGate)
+    moves: list[Any] = []
+
+    async def body() -> None:
+        async def move(wanted: frozenset[str]) -> None:
+            moves.append((*wanted,))
+
+        gate.join("judge", ENGINE_PARTS, move)
+        async with gate.hold("scorer"):
+            assert moves == parts
+
+    asyncio.run(asyncio.wait_for(body(), 60.0))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +125,7 @@ def test_every_phase_of_a_step_finds_its_roles_in_memory_and_nobody_else() -> No
     for role in resident:
         join(role)
     run = Watched(gate=gate)
-    asyncio.run(asyncio.wait_for(train_online(run.roles, loop_config(steps=2), run.hooks), 10.0))
+    asyncio.run(asyncio.wait_for(train_online(run.roles, loop_config(steps=2), run.hooks), 60.0))
     first = moves.index("publish") + 1
     assert moves[first : moves.index("publish", first) + 1] == [
         "learner aside",
@@ -160,4 +180,4 @@ def test_lost_replicas_are_replaced_when_their_role_is_wanted_again_not_when_it_
         assert len(fleet.healthy) == 2
         assert fleet.calls.count("repair") == (left < 2)
 
-    asyncio.run(asyncio.wait_for(body(), 5.0))
+    asyncio.run(asyncio.wait_for(body(), 60.0))
