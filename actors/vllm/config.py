@@ -24,7 +24,8 @@ class EngineConfig(StrictModel):
     kv_cache_gib: float | None = Field(default=1.0, gt=0.0)
     """Memory of the KV cache in GiB per device; null takes what ``gpu_memory_utilization`` leaves, on GPUs only."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    """Share of a GPU's memory that weights, activations and cache may fill; read where ``kv_cache_gib`` is null."""
+    """Share of a GPU's memory that has to be free when the engine starts; weights, activations and cache may fill it
+    where ``kv_cache_gib`` is null."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Devices that share one copy of the weights. On GPUs as many as the replica has (``resources.gpus``); it has to
     divide the model's attention heads."""
