@@ -150,11 +150,6 @@ class RunContext:
         """A learner's settings on the start model."""
         return self.at(learner, self.start.path)
 
-    @property
-    def accelerator(self) -> str:
-        """DeepSpeed's accelerator: ``cuda`` where learners take GPUs, else ``cpu``."""
-        return "cuda" if self.config.roles.learner.resources.gpus else "cpu"
-
     def forget_serving(self) -> None:
         """The generation fleet no longer holds the weights of any folder."""
         self.serving = None

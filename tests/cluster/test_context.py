@@ -12,6 +12,7 @@ import pytest
 from cluster import context as module
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, TimedGate
+from cluster.sharing import build_gate
 from cluster.topology import NodeCapacity
 from rlhf.config import validate
 from rlhf.loops.gate import BudgetGate, GatedSource
@@ -72,8 +73,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return cluster
 
 
-def open_run(tmp_path: Path) -> RunContext:
-    recipe = {
+def open_run(tmp_path: Path, **changes: Any) -> RunContext:
+    recipe: dict[str, Any] = {
         "name": "test",
         "model": "m",
         "constitutions": {"training": "c.yaml"},
@@ -82,7 +83,7 @@ def open_run(tmp_path: Path) -> RunContext:
         "roles": {"learner": {"resources": {"cpus": 2.0}}},
         "stages": [{"kind": "feedback"}, {"kind": "reward"}],
     }
-    config = validate(RunConfig, recipe, "test")
+    config = validate(RunConfig, recipe | changes, "test")
     run = RunDirectory(tmp_path)
     return RunContext(
         config=config,
@@ -91,7 +92,7 @@ def open_run(tmp_path: Path) -> RunContext:
         policy=Policy(tmp_path, 0),
         timings=Timings(run.timings),
         metrics=MetricsLogger(run.metrics, tensorboard=None),
-        gate=BudgetGate({}),
+        gate=build_gate(config),
         inputs={},
     )
 
@@ -168,3 +169,32 @@ def test_each_source_of_a_mixture_has_a_phase_of_its_own() -> None:
     (scores,) = asyncio.run(mixture.score([make_group("p0")]))
     assert [score.value for score in scores] == [3.0, 3.0]
     assert timings.totals() == {"rl": {"scorer": 2.0, "judge": 5.0, "rules": 1.0}}
+
+
+def test_roles_on_one_gpu_take_turns_from_their_start_to_their_end(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[str, ...]] = []
+
+    async def broadcast(fleet: module.Fleet, method: str, parts: list[str]) -> None:
+        moves.append((fleet.role, method, *parts))
+
+    monkeypatch.setattr(module.Fleet, "broadcast", broadcast)
+    monkeypatch.setattr(module.Fleet, "healthy", ["a replica"])
+    section = {"resources": {"gpus": 0.4}, "engine": {"enable_sleep": True}}
+
+    async def work() -> None:
+        roles = {"generation": section, "judge": section, "learner": {"resources": {"gpus": 0.2}}}
+        context = open_run(tmp_path, gate="shared", roles=roles)
+        await context.fleet("generation", Worker, {})
+        assert moves == []
+        await context.fleet("judge", Worker, {})
+        assert moves == [("generation", "reside")], "room is made before the other one starts"
+        async with context.gate.hold("generation"):
+            assert moves[1:] == [("judge", "reside"), ("generation", "reside", "kv_cache", "weights")]
+        await context.release("judge")
+        async with context.gate.hold("learner"):
+            assert moves[3:] == [("generation", "reside")], "training under Ray Train has the GPU to itself"
+        await context.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60.0))
