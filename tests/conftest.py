@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "RLHF_TEST_SESSION"
@@ -39,6 +40,10 @@ for _name, _folder in {
     "VLLM_CACHE_ROOT": "vllm",
 }.items():
     os.environ.setdefault(_name, str(ROOT / ".cache" / _folder))
+
+# A property holds however long a machine takes over it.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 _complaints: list[str] = []
 

@@ -44,7 +44,7 @@ class MovingRank:
 def test_weights_are_in_device_memory_for_an_export_and_go_back_to_where_they_were(monkeypatch) -> None:
     monkeypatch.setattr("actors.gang.kill", lambda handle: None)
     ranks = [MovingRank(), MovingRank()]
-    gang = LearnerGang("learner", ranks, timeout_s=5.0)
+    gang = LearnerGang("learner", ranks, timeout_s=60.0)
 
     async def export() -> None:
         async with gang.exporting():
@@ -63,7 +63,7 @@ def test_weights_are_in_device_memory_for_an_export_and_go_back_to_where_they_we
         with pytest.raises(LearnerError, match="a gang that was ended"):
             await gang.reside({"weights"})
 
-    asyncio.run(asyncio.wait_for(body(), 10))
+    asyncio.run(asyncio.wait_for(body(), 60))
     around = ["reside weights", "put_bucket", "reside"]
     expected = ["put_bucket", "reside", *around, "reside weights", "put_bucket", "reside", *around[:2]]
     assert ranks[0].log == ranks[1].log == expected

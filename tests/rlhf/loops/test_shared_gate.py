@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from rlhf.loops.shared_gate import SharedGate
 from tests.fakes import breathe
 
-TIMEOUT = 5.0
+TIMEOUT = 60.0
 ENGINE = frozenset({"weights", "cache"})
 LEARNER = frozenset({"weights", "state"})
 WEIGHTS = frozenset({"weights"})
