@@ -53,11 +53,8 @@ def build_gate(config: RunConfig) -> BudgetGate | SharedGate:
         return BudgetGate({})
     if config.gate == "exclusive":
         return BudgetGate(dict.fromkeys(PHASES, 1.0))
-    phases = dict(PHASES)
-    if any(part.source == "judge" for stage in config.stages if stage.kind == "rl" for part in stage.rewards):
-        phases["scorer"] = {"scorer": MODEL_PARTS, "judge": ENGINE_PARTS}  # a mixture of rewards asks both at once
     sharing = sharing_roles(config.roles)
-    return SharedGate({phase: needs for phase, needs in phases.items() if sharing & needs.keys()})
+    return SharedGate({phase: needs for phase, needs in PHASES.items() if sharing & needs.keys()})
 
 
 def check_sharing(roles: Roles, used: Collection[str]) -> None:

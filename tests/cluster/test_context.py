@@ -160,7 +160,7 @@ def test_each_source_of_a_mixture_has_a_phase_of_its_own() -> None:
 
     clock = Clock()
     timings = Timings(clock=clock)
-    gate = TimedGate(BudgetGate(dict.fromkeys(module.SHARING_ROLES, 1.0)), timings, "rl")
+    gate = TimedGate(BudgetGate({"scorer": 1.0, "judge": 1.0}), timings, "rl")
     roles = {"reward_model": ("scorer", 2.0), "judge": ("judge", 5.0), "rules": ("rules", 1.0)}
     sources = [GatedSource(Source(name, seconds), gate, role) for name, (role, seconds) in roles.items()]
     parts = [RewardModelPart(source="reward_model"), JudgePart(source="judge")]

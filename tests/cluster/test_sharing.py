@@ -52,20 +52,21 @@ def test_roles_with_a_fraction_take_turns_and_others_are_left_alone() -> None:
     asyncio.run(asyncio.wait_for(body(), 60.0))
 
 
-@pytest.mark.parametrize(("rewards", "parts"), [((RULES,), [()]), ((RULES, {"source": "judge"}), [])])
-def test_a_judge_stays_for_the_scorers_phase_where_it_is_a_reward_too(rewards: Any, parts: list[Any]) -> None:
+def test_a_judge_makes_room_for_the_scorer_and_comes_back_for_its_own_phase() -> None:
     roles = {"generation": SLEEPING, "judge": SLEEPING, "scorer": gpus(0.2), "learner": gpus(0.2)}
-    gate = build_gate(recipe(roles, rewards=rewards))
+    gate = build_gate(recipe(roles, rewards=({"source": "judge"},)))
     assert isinstance(gate, SharedGate)
     moves: list[Any] = []
 
     async def body() -> None:
         async def move(wanted: frozenset[str]) -> None:
-            moves.append((*wanted,))
+            moves.append(wanted)
 
         gate.join("judge", ENGINE_PARTS, move)
         async with gate.hold("scorer"):
-            assert moves == parts
+            assert moves == [frozenset()]
+        async with gate.hold("judge"):
+            assert moves == [frozenset(), ENGINE_PARTS]
 
     asyncio.run(asyncio.wait_for(body(), 60.0))
 
