@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rlhf.errors import ConfigError, PlacementError, PublicationError
 from rlhf.loops.online import train_online
 from rlhf.loops.shared_gate import SharedGate
 from rlhf.runs.timings import Timings
+from rlhf.types import GroupHandle, Score
 from tests.fakes import FakeRun, breathe, loop_config
 
 SLEEPING = {"resources": {"gpus": 0.2}, "engine": {"enable_sleep": True}}
@@ -115,6 +117,10 @@ def test_every_phase_of_a_step_finds_its_roles_in_memory_and_nobody_else() -> No
         gate.join(role, PARTS[role], move)
 
     class Watched(FakeRun):
+        async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
+            async with gate.hold("scorer"):
+                return await super().score(groups)
+
         async def _call(self, kind: str, detail: object) -> None:
             phase = {"generate": "generation", "score": "scorer", "annotate": "critic", "update": "learner"}.get(kind)
             if phase or kind == "publish":
