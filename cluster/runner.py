@@ -14,6 +14,7 @@ from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.context import RunContext
+    from rlhf.runs.directory import RunDirectory
 
 Runner = Callable[[Any, Any], Awaitable[dict[str, Any]]]
 """Does one stage, given the context and the stage's section, and returns its results."""
@@ -22,21 +23,28 @@ Runner = Callable[[Any, Any], Awaitable[dict[str, Any]]]
 def run(config: RunConfig, *, only: str | None = None) -> int:
     """Runs all stages that are not complete, or one by name, and returns the exit code.
 
-    What a run can be refused for is checked first: data, constitutions, model files, run directory. Nothing is started
-    for a run that is complete.
+    What a run can be refused for is checked before its directory is made: devices, data, constitutions, model files. A
+    refused recipe leaves nothing behind, so that a smaller one can take the same directory.
     """
     from cluster.checks import check_inputs
+    from cluster.planning import check_placement, private_node
     from rlhf.runs.directory import RunDirectory
 
     stages = _selected(config, only)
+    if config.ray.address is None:
+        check_placement(config, _left(stages, RunDirectory(config.directory)), [private_node(config)])
     data = check_inputs(config)
     with RunDirectory.open(config.directory, config, data=data.files) as directory:
-        left = [stage for stage in stages if not directory.is_complete(stage.name)]
+        left = _left(stages, directory)
         if not left:
             print(f"{directory.root}: every stage is complete")
             return _finish(config, directory.root)
         code = asyncio.run(_drive(config, directory, left, data.prompts))
         return code or _finish(config, directory.root)
+
+
+def _left(stages: list[Stage], directory: RunDirectory) -> list[Stage]:
+    return [stage for stage in stages if not directory.is_complete(stage.name)]
 
 
 def _selected(config: RunConfig, only: str | None) -> list[Stage]:

@@ -287,3 +287,19 @@ def test_a_run_directory_of_another_config_is_refused_with_the_difference(
     code, error = outcome(folder, recipe, capsys)
     assert code == 2
     assert "sampling.temperature" in error and "0.5" in error
+
+
+def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_smaller_recipe(
+    folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    recipe["roles"]["learner"] = {"ranks": 4, "resources": {"cpus": 1.5}}
+    code, error = outcome(folder, recipe, capsys)
+    assert code == 3
+    assert "room for 2 of 4 actors" in error and "Set roles.learner.ranks=2" in error
+    assert not (folder / "run").exists()
+    recipe["roles"]["learner"]["ranks"] = 2
+    assert outcome(folder, recipe, capsys) == (0, "")
+    assert (folder / "run" / "config.yaml").is_file()
+    recipe["ray"]["num_cpus"] = 1  # fewer than the run was started with
+    assert outcome(folder, recipe, capsys)[0] == 3

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cluster.config import RunConfig, roles_of
-from cluster.planning import check_placement, print_plan
+from cluster import planning
+from cluster.planning import check_placement, print_plan, private_node
 from cluster.topology import NodeCapacity
 from rlhf.config import load_file, merge, validate
 from rlhf.errors import PlacementError
@@ -107,3 +108,15 @@ def test_plan_prints_every_role_and_refuses_what_does_not_fit(capsys) -> None:
     assert "fits: at most 6 actors at a time on this machine (4 CPUs" in out
     with pytest.raises(PlacementError, match="stage feedback"):
         print_plan(quickstart({"ray": {"num_cpus": 0.2}}))
+
+
+def test_a_private_cluster_has_the_gpus_that_this_process_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "Path", lambda _: Path("/nowhere"))  # a container may hide the driver's folder
+    monkeypatch.setattr(planning, "list_gpus", lambda: ("GPU 0", "GPU 1", "GPU 2"))
+    config = quickstart({"ray": {"num_cpus": 4}})
+    for visible, found in {None: 3, "0,2": 2, "": 0, "-1": 0, "0,1,2,3": 3}.items():
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        node = private_node(config)
+        assert (node.cpus, node.gpus) == (4, found), visible
