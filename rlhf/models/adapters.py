@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import ConfigError
 from rlhf.models.settings import LoraConfig
 from rlhf.objectives.base import Head
 
@@ -20,9 +21,8 @@ ADAPTER = "default"
 
 def base_model(model: nn.Module) -> Any:
     """The transformers model, whether or not PEFT wraps it."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if has_adapter(model) else model
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -33,16 +33,15 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """True for a PEFT model."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
+    """True for a PEFT model; PEFT is not imported to find out, which would take seconds."""
+    return hasattr(model, "get_base_model")
 
 
 def attach_lora(model: nn.Module, config: LoraConfig, head: Head) -> nn.Module:
     """Wraps a transformers model; its own weights are frozen, a scalar head trains in full."""
     import peft
 
+    check_targets(model, config)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     settings = peft.LoraConfig(
         r=config.rank,
@@ -54,6 +53,27 @@ def attach_lora(model: nn.Module, config: LoraConfig, head: Head) -> nn.Module:
     )
     inner: Any = model
     return peft.get_peft_model(inner, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Every target is a linear layer of the model; ``ConfigError`` with the names that there are otherwise.
+
+    PEFT looks for one match among all targets only, and takes an embedding too, which cannot be merged for export.
+    """
+    if isinstance(config.targets, str):
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+    if unknown or not config.targets:
+        below_head = {
+            name.rpartition(".")[2] for name, m in backbone(model).named_modules() if isinstance(m, nn.Linear)
+        }
+        raise ConfigError(
+            "model.adapter.targets",
+            found=", ".join(map(repr, unknown)) or "no names",
+            needed=f"linear layers of the model: {', '.join(sorted(below_head))}",
+            action="Mend the names, or set targets: all-linear.",
+        )
 
 
 def without_adapter(model: nn.Module) -> AbstractContextManager[None]:

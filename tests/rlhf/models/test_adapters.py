@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.errors import ConfigError
 from rlhf.maths.packing import pack
 from rlhf.models.adapters import export_parameters, without_adapter
 from rlhf.models.forward import language_outputs
@@ -59,3 +60,18 @@ def test_scalar_head_leaves_under_its_plain_name(tiny: Path) -> None:
     model = load_scalar(ModelConfig(path=str(tiny), dtype="float32", adapter=LoraConfig(rank=4)))
     plain = load_scalar(ModelConfig(path=str(tiny), dtype="float32"))
     assert set(export_parameters(model)) == {name for name, _ in plain.named_parameters()}
+
+
+@pytest.mark.parametrize("targets", [("query",), ("q_proj", "query"), ("embed_tokens",), ()], ids=str)
+def test_targets_that_are_no_linear_layers_are_refused_with_those_that_there_are(tiny: Path, targets: tuple) -> None:
+    with pytest.raises(ConfigError, match=r"model\.adapter\.targets.*down_proj, gate_proj, k_proj, o_proj, q_proj"):
+        load_policy(ModelConfig(path=str(tiny), dtype="float32", adapter=LoraConfig(targets=targets)))
+
+
+def test_a_target_may_be_one_layer_by_its_path(tiny: Path) -> None:
+    config = LoraConfig(rank=2, targets=("layers.0.self_attn.q_proj", "v_proj"))
+    model = load_policy(ModelConfig(path=str(tiny), dtype="float32", adapter=config))
+    trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition("layers.")[2] for name in trained} == {
+        *("0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"),
+    }
