@@ -24,6 +24,7 @@ from actors.vllm.engine import Request, VllmEngine
 from actors.vllm.processes import Cores
 from rlhf.errors import ConfigError, JudgeError
 from rlhf.feedback.constitution import Constitution, ContentFreeCentre, load_constitution
+from rlhf.feedback.labels import label_tokens
 from rlhf.feedback.prompts import JudgeRequest, build_requests, content_free_request, prompt_text
 from rlhf.feedback.shuffled import shuffle_verdicts
 from rlhf.feedback.verdicts import cache_key, fixed_centre, label_margin, make_verdict
@@ -293,27 +294,9 @@ class JudgeWorker(JudgeBase):
 
     def _check(self, name: str, constitution: Constitution) -> None:
         """Each label has to be one token after the judge's text, and the two have to differ."""
-        request = content_free_request(constitution, "N/A", seed=self._seed)
-        before: list[int] = self._tokenizer.encode(request.text)
-        ids = []
-        for label in request.labels:
-            after: list[int] = self._tokenizer.encode(request.text + label)
-            if after[: len(before)] != before or len(after) != len(before) + 1:
-                raise ConfigError(
-                    f"constitution {name}: labels",
-                    found=f"{label!r}, which is {len(after) - len(before)} tokens for {self._judge}",
-                    needed="labels of one token each after the judge's text",
-                    action="Choose another word; a label after a word or colon mostly begins with a space.",
-                )
-            ids.append(after[-1])
-        if ids[0] == ids[1]:
-            raise ConfigError(
-                f"constitution {name}: labels",
-                found=f"{request.labels}, which are the same token for {self._judge}",
-                needed="two labels that the judge tells apart",
-                action="Choose other words.",
-            )
-        self._label_ids[request.labels] = (ids[0], ids[1])
+        ids = label_tokens(self._tokenizer, constitution, name=name, judge=self._judge, seed=self._seed)
+        labels = constitution.config.labels
+        self._label_ids[labels.positive, labels.negative] = ids
 
     async def _ask(self, requests: Sequence[JudgeRequest]) -> list[Answer]:
         answers: dict[int, Answer] = {}

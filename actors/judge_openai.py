@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from actors.calls import gather_all
 from actors.judge import Answer, JudgeBase
 from actors.settings import EndpointConfig
 from actors.store import Store
-from rlhf.errors import ConfigError, JudgeError
+from rlhf.errors import JudgeError
 from rlhf.feedback.constitution import Constitution
+from rlhf.feedback.labels import bare_label, check_chat_labels
 from rlhf.feedback.prompts import JudgeRequest
 
 if TYPE_CHECKING:
@@ -89,21 +89,14 @@ class OpenAIJudgeWorker(JudgeBase):
 
         self._client = AsyncOpenAI(
             base_url=self._endpoint.base_url,
-            api_key=_key(self._endpoint).get_secret_value(),
+            api_key=self._endpoint.key().get_secret_value(),
             timeout=self._endpoint.timeout_s,
             max_retries=self._endpoint.max_retries,
         )
 
     def _check(self, name: str, constitution: Constitution) -> None:
-        """In a chat labels are told apart by their words alone, without the space before them."""
-        labels = constitution.config.labels
-        if self._endpoint.api == "chat" and _bare(labels.positive) == _bare(labels.negative):
-            raise ConfigError(
-                f"constitution {name}: labels",
-                found=f"{labels.positive!r} and {labels.negative!r}",
-                needed="labels that differ in more than spaces and capitals",
-                action="Choose other words.",
-            )
+        if self._endpoint.api == "chat":
+            check_chat_labels(constitution, name=name)
 
     async def _ask(self, requests: Sequence[JudgeRequest]) -> list[Answer]:
         places = asyncio.Semaphore(self._endpoint.max_concurrency)
@@ -169,7 +162,7 @@ class OpenAIJudgeWorker(JudgeBase):
         chat = self._endpoint.api == "chat"
         log_probs: dict[str, float] = {}
         for label in request.labels:
-            values = [p for token, p in found if (_bare(token) == _bare(label) if chat else token == label)]
+            values = [p for token, p in found if (bare_label(token) == bare_label(label) if chat else token == label)]
             if not values or not all(math.isfinite(value) and value <= 1e-6 for value in values):
                 return Answer(None, f"label {label!r} is not among the {len(found)} likeliest answers")
             likeliest = max(values)
@@ -217,21 +210,3 @@ def _tokens_read(text: str) -> int:
         return _UsageReply.model_validate_json(text).usage.prompt_tokens
     except ValidationError:
         return 0
-
-
-def _bare(label: str) -> str:
-    return label.strip().casefold()
-
-
-def _key(endpoint: EndpointConfig) -> SecretStr:
-    if endpoint.api_key_variable is None:
-        return SecretStr("none")
-    key = os.environ.get(endpoint.api_key_variable, "")
-    if not key:
-        raise ConfigError(
-            "judge endpoint: api_key_variable",
-            found=f"no environment variable {endpoint.api_key_variable}",
-            needed=f"the key of {endpoint.base_url}",
-            action="Set the variable, or api_key_variable to null for a service that asks for none.",
-        )
-    return SecretStr(key)

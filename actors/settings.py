@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, SecretStr
 
 from actors.deepspeed.config import DeepSpeedConfig, OptimConfig
 from rlhf.config import StrictModel
+from rlhf.errors import ConfigError
 from rlhf.models.settings import ModelConfig
 
 
@@ -50,3 +52,17 @@ class EndpointConfig(StrictModel):
     """Further tries, with growing pauses, where the service is busy (429), failing (5xx) or out of reach."""
     max_concurrency: int = Field(default=16, ge=1)
     """Questions under way at the same time."""
+
+    def key(self) -> SecretStr:
+        """The key from this process's environment; ``ConfigError`` where the variable is not set."""
+        if self.api_key_variable is None:
+            return SecretStr("none")
+        key = os.environ.get(self.api_key_variable, "")
+        if not key:
+            raise ConfigError(
+                "roles.judge.endpoint.api_key_variable",
+                found=f"no environment variable {self.api_key_variable}",
+                needed=f"the key of {self.base_url}",
+                action="Set the variable, or api_key_variable to null for a service that asks for none.",
+            )
+        return SecretStr(key)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import RunConfig, Stage, roles_of
+from cluster.config import RunConfig, Stage, learners_of, roles_of
 from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import RewardStage, SupervisedStage
@@ -63,6 +63,8 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     folders = _resolve_models(config)
     model = folders["model"]
     _check_engines(config, folders)
+    _check_models(config, folders)
+    _check_judge(config, constitutions, folders)
     tokenizer = load_tokenizer(str(model))
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
     _check_stage_data(config, tokenizer, folders)
@@ -97,12 +99,48 @@ def named_models(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "roles.judge.model", config.roles.judge.model
     written: set[Path] = set()
     for index, stage in enumerate(config.stages):
-        for part in ("learner", "critic"):
-            learner = getattr(stage, part, None)
-            reference = learner.model.path if learner is not None else ""
+        for part, learner in learners_of(stage).items():
+            reference = learner.model.path
             if reference and Path(reference).expanduser().resolve() not in written:
                 yield f"stages.{index}.{part}.model.path", reference
         written |= {config.directory.resolve() / folder for folder in _written_by(stage)}
+
+
+def _check_models(config: RunConfig, folders: Mapping[str, Path]) -> None:
+    """Every model can be trained as its stage says, and the start model can be the reference.
+
+    What an earlier stage writes has the architecture of the model that it started from.
+    """
+    from rlhf.models.load import check_model
+    from rlhf.models.settings import ModelConfig
+
+    start = policy = folders["model"]
+    reward_model: Path | None = None
+    written: dict[Path, Path] = {}
+    if any("reference" in roles_of(config, stage) for stage in config.stages):
+        check_model(ModelConfig(path=str(start)), "language_model")
+    for index, stage in enumerate(config.stages):
+        for part, learner in learners_of(stage).items():
+            is_reward = isinstance(stage, RewardStage)
+            default = start if is_reward else policy if part == "learner" else reward_model or policy
+            own = Path(learner.model.path).expanduser().resolve()
+            folder = folders.get(f"stages.{index}.{part}.model.path") or written.get(own, default)
+            model = learner.model.model_copy(update={"path": str(folder)})
+            try:
+                check_model(model, "scalar" if is_reward or part == "critic" else "language_model")
+            except ConfigError as error:
+                raise ConfigError(
+                    f"stages.{index}.{part}.{error.where}",
+                    found=error.found,
+                    needed=error.needed,
+                    action=error.action,
+                ) from error
+            if is_reward:
+                reward_model = folder
+            elif part == "learner":
+                policy = folder
+            if part == "learner":
+                written |= {config.directory.resolve() / name: folder for name in _written_by(stage)}
 
 
 def _written_by(stage: Stage) -> tuple[str, ...]:
@@ -142,6 +180,8 @@ def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
         if role not in used:
             continue
         check_heads(role, engine.tensor_parallel_size, folder)
+        if not config.resources(role).gpus:
+            engine.check_cpu(f"roles.{role}.engine.")
         settings = read_json(folder / "config.json")
         longest = settings.get("max_position_embeddings")
         scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
@@ -179,6 +219,30 @@ def _check_stage_data(config: RunConfig, tokenizer: Any, folders: Mapping[str, P
                 )
             train, _ = split_held_out(groups, stage.held_out_fraction, seed=config.seed)
             check_batches(len(train), stage.loop, config.roles.learner.ranks, f"stages.{index}.loop")
+
+
+def _check_judge(config: RunConfig, constitutions: Mapping[str, Constitution], folders: Mapping[str, Path]) -> None:
+    """The judge can answer with the labels, and a service's key is there.
+
+    The key is looked for in the environment of a private cluster's workers, which is this process's own.
+    """
+    from rlhf.feedback.labels import check_chat_labels, label_tokens
+    from rlhf.models.load import load_tokenizer
+
+    if not any("judge" in roles_of(config, stage) for stage in config.stages):
+        return
+    endpoint = config.roles.judge.endpoint
+    if endpoint is not None:
+        if config.ray.address is None:
+            endpoint.key()
+        if endpoint.api == "chat":
+            for name, constitution in constitutions.items():
+                check_chat_labels(constitution, name=name)
+        return
+    tokenizer = load_tokenizer(str(folders.get("roles.judge.model", folders["model"])))
+    judge = config.roles.judge.model or config.model
+    for name, constitution in constitutions.items():
+        label_tokens(tokenizer, constitution, name=name, judge=judge, seed=config.seed)
 
 
 def _check_judging(stage: Stage, constitutions: Mapping[str, Constitution]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from actors.settings import LearnerConfig
 from cluster.roles import Roles
 from cluster.sharing import check_sharing
 from cluster.stages.evaluate import EvaluateStage
@@ -164,6 +165,17 @@ def roles_of(config: RunConfig, stage: Stage) -> set[str]:
             return {"learner"}
 
 
+def learners_of(stage: Stage) -> dict[str, LearnerConfig]:
+    """What a stage trains, by the key of its section."""
+    match stage:
+        case FeedbackStage() | EvaluateStage():
+            return {}
+        case OnlineStage():
+            return {"learner": stage.learner} | ({} if stage.critic is None else {"critic": stage.critic})
+        case _:
+            return {"learner": stage.learner}
+
+
 def _check_names(stages: Sequence[Stage]) -> None:
     """A stage's name is part of paths, and its own folder lies in the run directory beside the run's."""
     names = [stage.name for stage in stages]
@@ -296,9 +308,8 @@ def _anchored_stage(stage: Stage, base: Path) -> Stage:
     update: dict[str, Any] = {}
     if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
         update["data"] = stage.data.model_copy(update={"path": str((base / stage.data.path).resolve())})
-    for part in ("learner", "critic"):
-        learner = getattr(stage, part, None)
-        if learner is not None and learner.model.path:
+    for part, learner in learners_of(stage).items():
+        if learner.model.path:
             model = learner.model.model_copy(update={"path": anchor_model(learner.model.path, base)})
             update[part] = learner.model_copy(update={"model": model})
     return stage.model_copy(update=update)

@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf.config import StrictModel
+from rlhf.errors import ConfigError
+
+_DEFAULT_BATCHED_TOKENS = 2048
 
 
 class EngineConfig(StrictModel):
@@ -45,3 +48,32 @@ class EngineConfig(StrictModel):
     """Longest time for one call that draws completions or asks for label log-probabilities, in seconds."""
     update_timeout_s: float = Field(default=300.0, gt=0.0)
     """Longest time from the first to the last bucket of a weight publication, in seconds."""
+
+    @property
+    def batched_tokens(self) -> int:
+        """Most tokens in one forward pass, by what is configured or by default."""
+        return self.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS, self.max_model_len)
+
+    def check_cpu(self, section: str) -> None:
+        """Refuses settings that cannot work on a CPU.
+
+        Args:
+            section: What stands before a key in errors, for example ``roles.judge.engine.``
+
+        Raises:
+            ConfigError: The cache has no size, or a prompt may be longer than a forward pass.
+        """
+        if self.kv_cache_gib is None:
+            raise ConfigError(
+                f"{section}kv_cache_gib",
+                found="null",
+                needed="a size, as this engine runs on a CPU and would take most of its memory",
+                action="Set kv_cache_gib, for example 1.0.",
+            )
+        if self.batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"{section}max_num_batched_tokens",
+                found=str(self.batched_tokens),
+                needed=f"at least max_model_len ({self.max_model_len}) on a CPU",
+                action="Raise it, or leave it out.",
+            )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.models import attention
-from rlhf.models.adapters import attach_lora, backbone, base_model
+from rlhf.models.adapters import attach_lora, backbone, base_model, check_targets
 from rlhf.models.resolve import resolve_model
 from rlhf.models.settings import ModelConfig
 from rlhf.objectives.base import Head
@@ -23,6 +23,7 @@ from rlhf.objectives.base import Head
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SUPPORTED = "a Llama-like decoder with full attention and plain logits (Llama, Mistral, Qwen2, Qwen3, SmolLM)"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -99,6 +100,40 @@ def load_scalar(config: ModelConfig) -> nn.Module:
     return _prepare(model, config, "scalar")
 
 
+def check_model(config: ModelConfig, head: Head) -> None:
+    """Refuses, by ``config.json`` and tokenizer alone, what ``load_policy`` and ``load_scalar`` would refuse later.
+
+    The model is built without memory for its weights, so that the same checks see the same modules.
+
+    Raises:
+        ConfigError: The architecture is not supported, or has not the parts that are to train.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    path = resolve_model(config.path)
+    kind: Any = AutoModelForCausalLM if head == "language_model" else AutoModelForSequenceClassification
+    arguments = _load_arguments(config)
+    del arguments["use_safetensors"]
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False, num_labels=1)
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(settings, **arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {config.path!r}",
+            found=f"no model that transformers can build ({str(error).strip().splitlines()[0][:200]})",
+            needed=SUPPORTED,
+            action="Choose another model.",
+        ) from error
+    check_architecture(model, config.path)
+    if head == "scalar":
+        padding_token(path, settings)
+    if config.adapter is not None:
+        check_targets(model, config.adapter)
+    else:
+        _freeze(model, config, head)
+
+
 def _load_arguments(config: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": DTYPES[config.dtype],
@@ -170,7 +205,7 @@ def check_architecture(model: nn.Module, where: str) -> None:
         raise ConfigError(
             f"model {where!r}",
             found=found,
-            needed="a Llama-like decoder with full attention and plain logits (Llama, Mistral, Qwen2, Qwen3, SmolLM)",
+            needed=SUPPORTED,
             action="Choose another model.",
         )
 

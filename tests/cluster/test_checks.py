@@ -112,6 +112,24 @@ def without(file: str) -> Change:
     return change
 
 
+def remodelled(**settings: Any) -> Change:
+    """Starts from a copy of the model with other settings in its config.json."""
+
+    def change(recipe: dict[str, Any], folder: Path) -> None:
+        without("nothing")(recipe, folder)
+        path = Path(recipe["model"]) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings), encoding="utf-8")
+
+    return change
+
+
+def relabelled(recipe: dict[str, Any], folder: Path) -> None:
+    constitution = folder / recipe["constitutions"]["training"]
+    text = constitution.read_text(encoding="utf-8")
+    constitution.write_text(text.replace('" yes"', '" positive"'), encoding="utf-8")
+
+
+ENDPOINT = {"base_url": "https://judge.example/v1", "model": "m", "api_key_variable": "NO_SUCH_KEY_IS_SET"}
 ROW = json.dumps({"request": "scathing", "subject": "x", "prompt": "Write."})
 
 
@@ -214,6 +232,47 @@ BAD: dict[str, tuple[Change, str]] = {
     "a request that has no sign beside others that have": (
         put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}}),
         "stage evaluate, prompt p/0: found request = 'enthusiastic'; needed request in ['scathing']",
+    ),
+    "no key of the judging service": (
+        put("roles", "judge", "endpoint", value=ENDPOINT),
+        "roles.judge.endpoint.api_key_variable: found no environment variable NO_SUCH_KEY_IS_SET",
+    ),
+    "a label of two tokens": (relabelled, "labels: found ' positive', which is 2 tokens"),
+    "labels that are the same word in a chat": (
+        both(
+            put("roles", "judge", "endpoint", value=ENDPOINT | {"api": "chat", "api_key_variable": None}),
+            lambda recipe, folder: write(
+                "pointwise.yaml", (folder / "pointwise.yaml").read_text().replace('" no"', '"Yes"')
+            )(recipe, folder),
+        ),
+        "labels: found ' yes' and 'Yes'",
+    ),
+    "a cache without a size on a CPU": (
+        put("roles", "generation", "engine", "kv_cache_gib", value=None),
+        "roles.generation.engine.kv_cache_gib: found null",
+    ),
+    "another architecture": (
+        remodelled(model_type="gpt2"),
+        "a gpt2 model without embed_tokens",
+    ),
+    "an architecture that nobody knows": (
+        remodelled(model_type="nonesuch"),
+        "no model that transformers can build",
+    ),
+    "more last layers than there are": (
+        put(
+            *("stages", 4, "learner", "model"),
+            value={"dtype": "float32", "trainable": "last_layers", "last_layers": 3},
+        ),
+        "stages.4.learner.model.last_layers: found 3; needed at most 2",
+    ),
+    "a head that is the embeddings": (
+        put("stages", 2, "learner", "model", value={"dtype": "float32", "trainable": "head"}),
+        "stages.2.learner.model.trainable: found 'head' for a model that shares it",
+    ),
+    "an adapter on layers that are not there": (
+        put("stages", 1, "learner", "model", value={"adapter": {"targets": ["q_proj", "query"]}}),
+        "stages.1.learner.model.adapter.targets: found 'query'; needed linear layers of the model: down_proj, ",
     ),
     "agreement of a pairwise judge": (
         both(pairwise, put("stages", 0, "measure_agreement", value=True)),

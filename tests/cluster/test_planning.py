@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RunConfig, roles_of
 from cluster import planning
+from cluster.config import RunConfig, roles_of
 from cluster.planning import check_placement, print_plan, private_node
 from cluster.topology import NodeCapacity
 from rlhf.config import load_file, merge, validate
