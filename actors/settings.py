@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import Field, PositiveInt, SecretStr
+from pydantic import Field, PositiveInt, SecretStr, field_validator
 
 from actors.deepspeed.config import DeepSpeedConfig, OptimConfig
 from rlhf.config import StrictModel
@@ -36,7 +36,8 @@ class EndpointConfig(StrictModel):
     """A service that judges."""
 
     base_url: str = Field(pattern=r"^https?://")
-    """Where the service is, for example ``http://localhost:8000/v1``."""
+    """Where the service is, for example ``http://localhost:8000/v1``. It stands in records as it is, so it holds no user
+    and no password: the key comes from ``api_key_variable``."""
     model: str = Field(min_length=1)
     """The model's name at the service."""
     api: Literal["completions", "chat"] = "completions"
@@ -52,6 +53,13 @@ class EndpointConfig(StrictModel):
     """Further tries, with growing pauses, where the service is busy (429), failing (5xx) or out of reach."""
     max_concurrency: int = Field(default=16, ge=1)
     """Questions under way at the same time."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_user_info(cls, base_url: str) -> str:
+        if "@" in base_url:
+            raise ValueError("an address without user and password (%40 for an @ in its path); see api_key_variable")
+        return base_url
 
     def key(self) -> SecretStr:
         """The key from this process's environment; ``ConfigError`` where the variable is not set."""

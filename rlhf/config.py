@@ -123,7 +123,7 @@ def _override(node: Any, path: Sequence[str], value: Any, key: str) -> Any:
         return [_override(item, rest, value, key) if i == int(head) else item for i, item in enumerate(node)]
     if node is not None and not isinstance(node, Mapping):
         needed = f"a section that can hold {head!r}"
-        raise ConfigError(f"override {key}", found=f"the value {node!r}", needed=needed, action="Check the key.")
+        raise ConfigError(f"override {key}", found=f"the value {_shown(node)}", needed=needed, action="Check the key.")
     below = dict(node) if isinstance(node, Mapping) else {}
     below[head] = _override(below.get(head), rest, value, key)
     return below
@@ -146,7 +146,7 @@ def _explain(fault: Any, num_faults: int, model: type[BaseModel], document: Any,
     path = _document_path(fault, document)
     more = f" ({num_faults - 1} more below it.)" if num_faults > 1 else ""
     kind, context = fault["type"], fault.get("ctx", {})
-    found, needed, action = repr(fault["input"])[:200], str(fault["msg"]), "Mend the key."
+    found, needed, action = _shown(fault["input"]), str(fault["msg"]), "Mend the key."
     if kind == "extra_forbidden":
         found, needed = "an unknown key", "a documented key"
         action = _suggest(path[-1], _field_names(model, [str(part) for part in fault["loc"][:-1]]), model)
@@ -167,6 +167,14 @@ def _explain(fault: Any, num_faults: int, model: type[BaseModel], document: Any,
         action = _closest(str(fault["input"]), [tag.strip(" '") for tag in re.split(",| or ", context["expected"])])
     key = ".".join(path)
     return ConfigError(f"{where}: {key}" if key else where, found=found, needed=needed, action=action + more)
+
+
+_USER_INFO = re.compile(r"://\S*@")
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: cut short, and without the user and password of an address."""
+    return _USER_INFO.sub("://***@", repr(value))[:200]
 
 
 def _document_path(fault: Any, document: Any) -> list[str]:

@@ -237,6 +237,14 @@ BAD: dict[str, tuple[Change, str]] = {
         put("roles", "judge", "endpoint", value=ENDPOINT),
         "roles.judge.endpoint.api_key_variable: found no environment variable NO_SUCH_KEY_IS_SET",
     ),
+    "a password in the judge's address": (
+        put("roles", "judge", "endpoint", value=ENDPOINT | {"base_url": "https://me:hun@ter2@judge.example/v1"}),
+        "roles.judge.endpoint.base_url: found 'https://***@judge.example/v1'; needed an address without user",
+    ),
+    "a password in an address of another kind": (
+        put("roles", "judge", "endpoint", value=ENDPOINT | {"base_url": "ftp://me:hun@ter2@judge.example/v1"}),
+        "found 'ftp://***@judge.example/v1'",
+    ),
     "a label of two tokens": (relabelled, "labels: found ' positive', which is 2 tokens"),
     "labels that are the same word in a chat": (
         both(
@@ -298,6 +306,7 @@ def test_bad_input_is_refused_before_anything_starts(case: str, folder: Path, ti
     code, error = outcome(folder, recipe, capsys)
     assert code == 2
     assert said in error
+    assert "ter2" not in error, "no password is shown"
     assert len(error.splitlines()) == 1 and "Traceback" not in error
     assert not (folder / "run").exists(), "a refused recipe leaves no run directory"
 
