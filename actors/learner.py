@@ -127,7 +127,8 @@ class LearnerWorker:
         config = self._config
         if self._info.threads:
             torch.set_num_threads(self._info.threads)
-        torch.manual_seed(config.seed)
+        seed = config.seed or 0  # in a recipe's learner it is set, to the run's where it was not given
+        torch.manual_seed(seed)
         self._group = ProcessGroup(self._info, timeout_s=config.deepspeed.collective_timeout_s)
         model = load_policy(config.model) if self._objective.head == "language_model" else load_scalar(config.model)
         self._engine = TrainEngine(
@@ -145,7 +146,7 @@ class LearnerWorker:
         )
         self._exporter = WeightExporter(self._engine, model, rank=self._group.rank, dtype=config.model.dtype)
         # From here on ranks draw different dropout masks.
-        torch.manual_seed(config.seed + 1 + self._group.rank)
+        torch.manual_seed(seed + 1 + self._group.rank)
 
     @property
     def _updates_per_step(self) -> int:

@@ -28,16 +28,16 @@ class LearnerConfig(StrictModel):
     max_tokens_per_micro_batch: PositiveInt = 4096
     """Most padded tokens of one forward and backward pass on one rank: this bounds the memory of activations."""
 
-    seed: int = Field(default=0, ge=0)
-    """Of fresh adapters and dropout."""
+    seed: int | None = None
+    """Of fresh adapters and dropout; unset: the run's."""
 
 
 class EndpointConfig(StrictModel):
     """A service that judges."""
 
     base_url: str = Field(pattern=r"^https?://")
-    """Where the service is, for example ``http://localhost:8000/v1``. It stands in records as it is, so it holds no user
-    and no password: the key comes from ``api_key_variable``."""
+    """Where the service is, for example ``http://localhost:8000/v1``. It stands in records as it is, so it holds no
+    user and no password: the key comes from ``api_key_variable``."""
     model: str = Field(min_length=1)
     """The model's name at the service."""
     api: Literal["completions", "chat"] = "completions"

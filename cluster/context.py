@@ -137,10 +137,10 @@ class RunContext:
     # Models
 
     def at(self, learner: LearnerConfig, path: Path) -> LearnerConfig:
-        """A learner's settings on the model at ``path``, unless they name one themselves."""
-        if learner.model.path:
-            return learner
-        return learner.model_copy(update={"model": learner.model.model_copy(update={"path": str(path)})})
+        """A learner's settings on the model at ``path`` and with the run's seed, where they name none themselves."""
+        model = learner.model if learner.model.path else learner.model.model_copy(update={"path": str(path)})
+        seed = self.config.seed if learner.seed is None else learner.seed
+        return learner.model_copy(update={"model": model, "seed": seed})
 
     def at_policy(self, learner: LearnerConfig) -> LearnerConfig:
         """A learner's settings on the policy as it stands."""

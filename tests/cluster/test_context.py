@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.settings import LearnerConfig
 from cluster import context as module
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, TimedGate
@@ -16,6 +17,7 @@ from cluster.sharing import build_gate
 from cluster.topology import NodeCapacity
 from rlhf.config import validate
 from rlhf.loops.gate import BudgetGate, GatedSource
+from rlhf.models.settings import ModelConfig
 from rlhf.rewards.config import JudgePart, RewardModelPart, RulesPart
 from rlhf.rewards.mixture import Mixture
 from rlhf.rewards.rules import NonEmptyRule
@@ -198,3 +200,13 @@ def test_roles_on_one_gpu_take_turns_from_their_start_to_their_end(
         await context.close()
 
     asyncio.run(asyncio.wait_for(work(), 60.0))
+
+
+def test_a_learner_takes_the_runs_seed_and_the_stages_model_where_it_names_none(tmp_path: Path) -> None:
+    context = open_run(tmp_path, seed=17)
+    plain = context.at_policy(LearnerConfig())
+    assert (plain.seed, plain.model.path) == (17, str(tmp_path))
+    own = context.at_start(LearnerConfig(seed=0, model=ModelConfig(path="other")))
+    assert (own.seed, own.model.path) == (0, "other")
+    half = context.at(LearnerConfig(model=ModelConfig(path="other")), tmp_path)
+    assert (half.seed, half.model.path) == (17, "other")
