@@ -21,7 +21,7 @@ class SamplingConfig(StrictModel):
     it is 0)."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Draw from the smallest set of tokens whose probability reaches this; 1 draws from all. Below 1, reported
-    log-probs are of the cut and renormalised distribution, which the learner does not see: keep 1 for training."""
+    log-probs are of the cut and renormalised distribution, which the learner does not see: so an rl stage wants 1."""
     top_k: int = Field(default=0, ge=0)
     """Draw from the k most likely tokens; 0 draws from all. The note on ``top_p`` holds here too."""
     ignore_eos: bool = False
