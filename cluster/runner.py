@@ -24,19 +24,21 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
     """Runs all stages that are not complete, or one by name, and returns the exit code.
 
     What a run can be refused for is checked before its directory is made: devices, data, constitutions, model files. A
-    refused recipe leaves nothing behind, so that a smaller one can take the same directory.
+    refused recipe leaves nothing behind, so that a smaller one can take the same directory. Of a run that is complete
+    nothing but the recipe is looked at: its data and models may have gone elsewhere.
     """
     from cluster.checks import check_inputs
     from cluster.planning import check_placement, private_node
     from rlhf.runs.directory import RunDirectory
 
     stages = _selected(config, only)
+    left = _left(stages, RunDirectory(config.directory))
     if config.ray.address is None:
-        check_placement(config, _left(stages, RunDirectory(config.directory)), [private_node(config)])
-    data = check_inputs(config)
-    with RunDirectory.open(config.directory, config, data=data.files) as directory:
-        left = _left(stages, directory)
-        if not left:
+        check_placement(config, left, [private_node(config)])
+    data = check_inputs(config) if left else None
+    with RunDirectory.open(config.directory, config, data=None if data is None else data.files) as directory:
+        left = _left(stages, directory)  # another driver may have been at work until the lock was ours
+        if data is None or not left:
             print(f"{directory.root}: every stage is complete")
             return _finish(config, directory.root)
         code = asyncio.run(_drive(config, directory, left, data.prompts))

@@ -82,7 +82,8 @@ class RunDirectory:
         Args:
             root: The directory; new, empty or a run's.
             config: The resolved configuration.
-            data: Data files by name; their fingerprints must not change over a run's life.
+            data: Data files by name; their fingerprints must not change over a run's life. None does not look at them:
+                for a run that reads them no more.
             resumable: Patterns of keys that may differ from the config that the run was started with, but not of a
                 stage that is complete.
 
@@ -94,7 +95,7 @@ class RunDirectory:
         with ExitStack() as on_failure:
             run._acquire()
             on_failure.callback(run.close)
-            run._write_or_check(config, data or {}, resumable)
+            run._write_or_check(config, data, resumable)
             on_failure.pop_all()
         return run
 
@@ -261,10 +262,10 @@ class RunDirectory:
             found = f"a directory with {others[0]!r} and no config.yaml"
             raise ConfigError(str(self.root), found=found, needed=needed, action=action)
 
-    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path], resumable: Sequence[str]) -> None:
+    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path] | None, resumable: Sequence[str]) -> None:
         # Secrets are hidden before the text is parsed back, so both sides of the comparison have them hidden alike.
         new = redact(parse_yaml(dump(config), "config"))
-        environment = describe_environment(data)
+        environment = describe_environment(data or {})
         if not self.config.is_file():
             write_json(self.environment, environment)
             write_text(self.config, to_yaml(new))  # last: its presence makes this a run directory
@@ -277,7 +278,8 @@ class RunDirectory:
             raise _other_config(self.root, {key: changes[key] for key in refused})
         self._check_complete(old, changes)
         before = read_json(self.environment)
-        self._check_data(before.get("data", {}), environment["data"])
+        if data is not None:
+            self._check_data(before.get("data", {}), environment["data"])
         if changes:
             write_text(self.config, to_yaml(new))
         packages = config_changes(before.get("packages", {}), environment["packages"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import cli, runner
+from rlhf.runs.directory import RunDirectory
 from tests.actors.judging import write_constitution
 from tests.e2e import recipes
 
@@ -371,3 +372,26 @@ def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_
     assert (folder / "run" / "config.yaml").is_file()
     recipe["ray"]["num_cpus"] = 1  # fewer than the run was started with
     assert outcome(folder, recipe, capsys)[0] == 3
+
+
+def test_of_a_complete_run_nothing_but_the_recipe_is_looked_at(
+    folder: Path, tiny_model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    without("nothing")(recipe, folder)
+    assert outcome(folder, recipe, capsys) == (0, "")
+    for stage in recipe["stages"]:
+        RunDirectory(folder / "run").complete(stage["kind"], {})
+    (folder / "prompts.jsonl").unlink()
+    shutil.rmtree(folder / "model")
+    recipe["seed"] += 1
+    recipe["ray"]["num_cpus"] = 0.1  # neither devices nor data are of use any more
+    finished: list[Path] = []
+    monkeypatch.setattr(runner, "_finish", lambda config, root: finished.append(root) or 0)
+    path = recipes.write_recipe(folder, recipe)
+    assert cli.main(["run", str(path)]) == 2, "a key that may not change is refused all the same"
+    recipe["seed"] -= 1
+    recipes.write_recipe(folder, recipe)
+    assert cli.main(["run", str(path)]) == 0
+    assert "every stage is complete" in capsys.readouterr().out
+    assert finished == [folder / "run"]

@@ -119,6 +119,16 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "run", data={"prompts": data})
 
 
+def test_data_that_are_read_no_more_may_be_gone(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("{}\n")
+    opened(tmp_path / "run", data={"prompts": data}).close()
+    data.unlink()
+    with opened(tmp_path / "run", data=None) as run:
+        kept = json.loads(run.environment.read_text())["data"]
+    assert kept["prompts"]["bytes"] == 3, "the record stays what it was"
+
+
 def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         opened(tmp_path / "run", data={"prompts": tmp_path / "absent"})
