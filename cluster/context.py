@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -21,12 +22,12 @@ from actors.settings import LearnerConfig
 from actors.store import RayStore
 from cluster.config import RunConfig, Stage
 from cluster.control import ScaleRequests, clear_requests, request_stop
-from cluster.placement import RUN_MARK, Placer, connect, disconnect, free_nodes
-from cluster.planning import check_placement, stage_plans
+from cluster.placement import RUN_MARK, Placer, cluster_nodes, connect, disconnect, free_resources
+from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
 from cluster.topology import fits
-from rlhf.errors import RlhfError
+from rlhf.errors import PlacementError, RlhfError
 from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
@@ -36,6 +37,9 @@ from rlhf.runs.memory import MemorySampler
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
 from rlhf.types import Prompt
+
+SETTLE_S = 20.0
+"""How long a cluster that is joined may take to get back what earlier runs held there."""
 
 
 class StopRequestedError(RlhfError):
@@ -205,7 +209,7 @@ class RunContext:
         needed = [plan.role for plan in stage_plans(self.config, stage)]
         unused = [role for role in self._fleets if role not in needed]
         together = {role: self.config.plan(role, self._wanted(role)) for role in [*needed, *unused, "recorder"]}
-        if not unused or fits(list(together.values()), await asyncio.to_thread(free_nodes)):
+        if not unused or fits(list(together.values()), await asyncio.to_thread(cluster_nodes)):
             return
         self.event("released", stage=stage.name, roles=unused)
         for role in unused:
@@ -303,7 +307,9 @@ async def open_context(
         object_store_bytes=None if object_store is None else int(object_store * 2**30),
     )
     try:
-        check_placement(config, stages, free_nodes())
+        check_placement(config, stages, cluster_nodes())
+        if config.ray.address is not None:
+            await wait_for_room(config, stages)
         start = Policy(resolve_model(config.model), 0)
         context = RunContext(
             config=config,
@@ -328,6 +334,25 @@ async def open_context(
                 write_peak_memory(run, memory.stop())
     finally:
         disconnect()
+
+
+async def wait_for_room(config: RunConfig, stages: Sequence[Stage], timeout_s: float = SETTLE_S) -> None:
+    """Returns once a cluster that others use too has enough left for every stage.
+
+    It does not queue behind them: the time is for what a run that has just ended gives back.
+
+    Raises:
+        PlacementError: It has not, after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            check_free(config, stages, await asyncio.to_thread(free_resources))
+            return
+        except PlacementError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(min(1.0, timeout_s / 10))
 
 
 def read_peak_memory(run: RunDirectory) -> float:

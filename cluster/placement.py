@@ -93,13 +93,19 @@ def disconnect() -> None:
     os.environ.pop(CLUSTER_MARK, None)
 
 
-def free_nodes() -> list[NodeCapacity]:
-    """What each living node has, before anything of ours is placed."""
+def cluster_nodes() -> list[NodeCapacity]:
+    """What each living node has in all, whoever uses it: Ray has no public call that says what is free on a node."""
     return [
         NodeCapacity(node["NodeID"][:8], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def free_resources() -> NodeCapacity:
+    """What all nodes together have free; Ray hears of what others take and give back within seconds."""
+    free = ray.available_resources()
+    return NodeCapacity("the cluster", free.get("CPU", 0.0), free.get("GPU", 0.0))
 
 
 def spawn_here(worker: type) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cluster.config import RunConfig, Stage, roles_of
@@ -50,11 +50,7 @@ def check_placement(config: RunConfig, stages: Sequence[Stage], nodes: Sequence[
         PlacementError: A stage does not fit; names stage and role.
     """
     placed: dict[str, int] = {}
-    recorder: set[str] = set()
-    for stage in stages:
-        roles = roles_of(config, stage)
-        recorder |= roles & {"recorder"}
-        plans = [config.plan(role) for role in sorted(roles | recorder)]
+    for stage, plans in _held_plans(config, stages):
         try:
             assign(plans, nodes)
         except PlacementError as error:
@@ -63,6 +59,33 @@ def check_placement(config: RunConfig, stages: Sequence[Stage], nodes: Sequence[
             ) from None
         placed[stage.name] = sum(plan.count for plan in plans)
     return placed
+
+
+def check_free(config: RunConfig, stages: Sequence[Stage], free: NodeCapacity) -> None:
+    """Checks by arithmetic that what others leave free of a cluster is enough for every stage, wherever it lies.
+
+    Raises:
+        PlacementError: The cluster is busy; names the stage.
+    """
+    for stage, plans in _held_plans(config, stages):
+        cpus = sum(plan.count * plan.cpus for plan in plans)
+        gpus = sum(plan.count * plan.gpus for plan in plans)
+        if cpus > free.cpus + 1e-9 or gpus > free.gpus + 1e-9:
+            raise PlacementError(
+                f"stage {stage.name}",
+                found=f"{free.cpus:g} CPUs and {free.gpus:g} GPUs free in the whole cluster; others use the rest",
+                needed=f"{cpus:g} CPUs and {gpus:g} GPUs",
+                action="Wait until others are done (`ray status`), lower what the roles take, or add nodes.",
+            )
+
+
+def _held_plans(config: RunConfig, stages: Sequence[Stage]) -> Iterator[tuple[Stage, list[RolePlan]]]:
+    """The bundles that are placed while each stage runs; the recorder stays from the first stage that needs it."""
+    recorder: set[str] = set()
+    for stage in stages:
+        roles = roles_of(config, stage)
+        recorder |= roles & {"recorder"}
+        yield stage, [config.plan(role) for role in sorted(roles | recorder)]
 
 
 def print_plan(config: RunConfig) -> int:

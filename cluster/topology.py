@@ -59,7 +59,7 @@ class RolePlan:
 
 @dataclass(frozen=True, slots=True)
 class NodeCapacity:
-    """What one node has free."""
+    """CPUs and GPUs that one node, or a whole cluster, offers."""
 
     name: str
     cpus: float

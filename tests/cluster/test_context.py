@@ -11,11 +11,13 @@ import pytest
 
 from actors.settings import LearnerConfig
 from cluster import context as module
+from cluster import placement
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, TimedGate
 from cluster.sharing import build_gate
 from cluster.topology import NodeCapacity
 from rlhf.config import validate
+from rlhf.errors import PlacementError
 from rlhf.loops.gate import BudgetGate, GatedSource
 from rlhf.models.settings import ModelConfig
 from rlhf.rewards.config import JudgePart, RewardModelPart, RulesPart
@@ -71,7 +73,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     monkeypatch.setattr(module.Placer, "reserved", cluster.reserved)
     monkeypatch.setattr(module.Fleet, "scale", no_replicas)
-    monkeypatch.setattr(module, "free_nodes", lambda: [NodeCapacity("a", cluster.cpus, 0.0)])
+    monkeypatch.setattr(module, "cluster_nodes", lambda: [NodeCapacity("a", cluster.cpus, 0.0)])
     return cluster
 
 
@@ -210,3 +212,24 @@ def test_a_learner_takes_the_runs_seed_and_the_stages_model_where_it_names_none(
     assert (own.seed, own.model.path) == (0, "other")
     half = context.at(LearnerConfig(model=ModelConfig(path="other")), tmp_path)
     assert (half.seed, half.model.path) == (17, "other")
+
+
+def test_a_cluster_that_others_use_is_refused_once_its_free_part_stays_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = open_run(tmp_path)  # the reward stage: a learner of 2 CPUs beside the recorder's half
+    left = [{"CPU": 1.0, "object_store_memory": 9.0}, {}, {"CPU": 2.5}]
+    asked: list[dict[str, float]] = []
+
+    def available() -> dict[str, float]:
+        asked.append(left.pop(0) if left else {"CPU": 2.4})
+        return asked[-1]
+
+    monkeypatch.setattr(placement.ray, "available_resources", available)
+    asyncio.run(module.wait_for_room(context.config, context.config.stages, timeout_s=30.0))
+    assert len(asked) == 3, "what an earlier run held comes back"
+    with pytest.raises(PlacementError) as caught:
+        asyncio.run(module.wait_for_room(context.config, context.config.stages, timeout_s=0.1))
+    assert caught.value.exit_code == 3
+    assert "stage reward: found 2.4 CPUs and 0 GPUs free in the whole cluster" in str(caught.value)
+    assert "needed 2.5 CPUs and 0 GPUs" in str(caught.value)

@@ -215,12 +215,12 @@ def test_a_private_cluster_ends_with_its_driver() -> None:
     script = textwrap.dedent(
         """
         import ray
-        from cluster.placement import Placer, connect, disconnect, free_nodes
+        from cluster.placement import Placer, cluster_nodes, connect, disconnect
         from cluster.topology import Resources
         from tests.cluster.test_placement import Worker
 
         connect(None, num_cpus=2, object_store_bytes=100 * 2**20)
-        (node,) = free_nodes()
+        (node,) = cluster_nodes()
         assert (node.cpus, node.gpus) == (2.0, 0.0), node
         placer = Placer("judge", Resources(cpus=0.5), 1)
         placer.reserve()
