@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,8 +31,8 @@ DISPLAY = (
 class FeedbackSummary(StrictModel):
     """The feedback stage."""
 
-    source: str
-    """``"judge"``, ``"people"`` or ``"file"``."""
+    source: Literal["judge", "people"]
+    """Whose verdicts the rankings are."""
     num_rankings: int = Field(ge=0)
     """Prompts with a ranking."""
     num_verdicts: int = Field(default=0, ge=0)
