@@ -234,7 +234,7 @@ def _check_batch(config: RunConfig, stage: Stage) -> None:
     ranks = config.roles.learner.ranks
     if isinstance(stage, OnlineStage):
         parts = stage.algorithm.num_mini_batches
-        for role in ("learner", "critic") if stage.algorithm.name == "ppo" else ("learner",):
+        for role in learners_of(stage):
             ranks = config.plan(role).count
             if stage.loop.prompts_per_step < ranks * parts:
                 needed = f"roles.{role}.ranks ({ranks}) times algorithm.num_mini_batches ({parts})"

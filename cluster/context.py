@@ -22,7 +22,7 @@ from actors.settings import LearnerConfig
 from actors.store import RayStore
 from cluster.config import RunConfig, Stage
 from cluster.control import ScaleRequests, clear_requests, request_stop
-from cluster.placement import RUN_MARK, Placer, cluster_nodes, connect, disconnect, free_resources
+from cluster.placement import Placer, cluster_nodes, connect, disconnect, free_resources
 from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
@@ -33,7 +33,7 @@ from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json, write_json
-from rlhf.runs.memory import MemorySampler
+from rlhf.runs.memory import RUN_MARK, MemorySampler
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
 from rlhf.types import Prompt

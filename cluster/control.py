@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import ConfigError
+from rlhf.runs.files import write_json
 
 SCALABLE = ("generation", "judge", "scorer", "reference")
 MAX_REPLICAS = 1024
@@ -48,9 +48,7 @@ def request_scale(run: Path, wanted: Mapping[str, int]) -> None:
     _folder(run)
     path = _scale_file(run)
     merged = read_scale(run) | dict(wanted)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(merged), encoding="utf-8")
-    partial.replace(path)
+    write_json(path, merged)
 
 
 def read_scale(run: Path) -> dict[str, int]:

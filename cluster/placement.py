@@ -18,9 +18,7 @@ from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
 from cluster.watchdog import CLUSTER_MARK, Watchdog
 from rlhf.errors import ClusterError, PlacementError
-
-RUN_MARK = "RLHF_RUN_MARKER"
-"""Environment variable that every process of a run carries, engines' children included."""
+from rlhf.runs.memory import RUN_MARK
 
 KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
 """Ray's processes rename themselves. Without this the new name's padding goes over the beginning of their environment,

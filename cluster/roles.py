@@ -41,21 +41,8 @@ class JudgeRole(StrictModel):
     """An OpenAI-compatible service that judges instead."""
 
 
-class ScorerRole(StrictModel):
-    """The reward model at inference."""
-
-    replicas: int = Field(default=1, ge=1)
-    """Replicas at the start."""
-    resources: Resources = Resources()
-    """What one replica takes."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass."""
-    max_tokens_per_batch: int = Field(default=8192, ge=1)
-    """Padded tokens of one forward pass."""
-
-
-class ReferenceRole(StrictModel):
-    """The frozen model that the KL term is measured from."""
+class FrozenRole(StrictModel):
+    """A model that only reads: the reward model at inference, or the one that the KL term is measured from."""
 
     replicas: int = Field(default=1, ge=1)
     """Replicas at the start."""
@@ -83,9 +70,9 @@ class Roles(StrictModel):
     """Draws completions."""
     judge: JudgeRole = JudgeRole()
     """Gives verdicts."""
-    scorer: ScorerRole = ScorerRole()
+    scorer: FrozenRole = FrozenRole()
     """Scores with the trained reward model."""
-    reference: ReferenceRole = ReferenceRole()
+    reference: FrozenRole = FrozenRole()
     """Gives the log-probs of the frozen model where the learner cannot (full fine-tuning)."""
     learner: LearnerRole = LearnerRole()
     """Trains the policy, and every offline stage."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import RunConfig, Stage
+from cluster.stages.evaluate import EvaluateStage, run_evaluate
+from cluster.stages.feedback import FeedbackStage, run_feedback
+from cluster.stages.offline import run_offline
+from cluster.stages.online import OnlineStage, run_online
 from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.context import RunContext
     from rlhf.runs.directory import RunDirectory
-
-Runner = Callable[[Any, Any], Awaitable[dict[str, Any]]]
-"""Does one stage, given the context and the stage's section, and returns its results."""
+    from rlhf.types import Prompt
 
 
 def run(config: RunConfig, *, only: str | None = None) -> int:
@@ -59,7 +61,9 @@ def _selected(config: RunConfig, only: str | None) -> list[Stage]:
     return chosen
 
 
-async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts: Any) -> int:
+async def _drive(
+    config: RunConfig, directory: RunDirectory, stages: Sequence[Stage], prompts: Mapping[str, list[Prompt]]
+) -> int:
     """Connects, runs the stages, and closes everything whatever happens; returns the exit code."""
     from cluster.context import StopRequestedError, open_context
 
@@ -94,10 +98,9 @@ async def _drive(config: RunConfig, directory: Any, stages: list[Stage], prompts
 async def _run_stage(context: RunContext, stage: Stage) -> None:
     from cluster.context import Policy, StopRequestedError
 
-    runner = _runner(stage)
     print(f"stage {stage.name}", file=sys.stderr, flush=True)
     context.event("stage_started", stage=stage.name)
-    work = asyncio.ensure_future(_in_its_place(runner, context, stage))
+    work = asyncio.ensure_future(_in_its_place(context, stage))
     stop = asyncio.ensure_future(context.stopping.wait())
     saves_itself = stage.kind in ("rl", "sft", "reward", "preference")
     waited = {work} if saves_itself else {work, stop}
@@ -119,26 +122,22 @@ async def _run_stage(context: RunContext, stage: Stage) -> None:
         context.policy = Policy(context.run.root / results["policy"], results["version"])
 
 
-async def _in_its_place(runner: Runner, context: RunContext, stage: Stage) -> dict[str, Any]:
+async def _in_its_place(context: RunContext, stage: Stage) -> dict[str, Any]:
     await context.make_room(stage)
-    return await runner(context, stage)
+    return await _results_of(context, stage)
 
 
-def _runner(stage: Stage) -> Runner:
-    from cluster.stages.evaluate import run_evaluate
-    from cluster.stages.feedback import run_feedback
-    from cluster.stages.offline import run_offline
-    from cluster.stages.online import run_online
-
-    runners: dict[str, Runner] = {
-        "feedback": run_feedback,
-        "reward": run_offline,
-        "sft": run_offline,
-        "preference": run_offline,
-        "rl": run_online,
-        "evaluate": run_evaluate,
-    }
-    return runners[stage.kind]
+async def _results_of(context: RunContext, stage: Stage) -> dict[str, Any]:
+    """Does one stage and returns what ``RunDirectory.complete`` keeps of it."""
+    match stage:
+        case FeedbackStage():
+            return await run_feedback(context, stage)
+        case OnlineStage():
+            return await run_online(context, stage)
+        case EvaluateStage():
+            return await run_evaluate(context, stage)
+        case _:
+            return await run_offline(context, stage)
 
 
 def _finish(config: RunConfig, root: Path) -> int:

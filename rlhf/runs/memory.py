@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-MARKER = "RLHF_RUN_MARKER"
-"""Environment variable that every process of a run carries; its value names the run."""
+RUN_MARK = "RLHF_RUN_MARKER"
+"""Environment variable that every process of a run carries, engines' children included; its value names the run."""
 
 _PROC = Path("/proc")
 
@@ -22,7 +22,7 @@ def run_processes(root_pid: int, marker: str = "") -> set[int]:
     """Ids of a process, all its descendants, and all processes whose ``RLHF_RUN_MARKER`` equals ``marker``."""
     children: dict[int, list[int]] = {}
     marked = set()
-    wanted = f"{MARKER}={marker}".encode()
+    wanted = f"{RUN_MARK}={marker}".encode()
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
             continue

@@ -15,6 +15,7 @@ import pytest
 
 from cluster import context as context_module
 from cluster import runner
+from rlhf.runs.directory import RunDirectory
 
 
 class Context:
@@ -56,10 +57,10 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def drive(monkeypatch: pytest.MonkeyPatch, work: Any, kind: str = "rl") -> int:
-    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    monkeypatch.setattr(runner, "_results_of", work)
     stages: Any = [SimpleNamespace(name="one", kind=kind), SimpleNamespace(name="two", kind=kind)]
     config: Any = None
-    return asyncio.run(runner._drive(config, Path(), stages, {}))
+    return asyncio.run(runner._drive(config, RunDirectory(Path()), stages, {}))
 
 
 async def interrupt(context: Context, number: signal.Signals) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import yaml
 
-from cluster.placement import RUN_MARK
 from cluster.watchdog import CLUSTER_MARK
 from rlhf.runs.events import read_events
+from rlhf.runs.memory import RUN_MARK
 from rlhf.runs.tables import read_table
 from tests.actors.judging import write_constitution
 

@@ -15,7 +15,7 @@ import pytest
 from rlhf.errors import RecordError
 from rlhf.runs.events import EventLog, read_events
 from rlhf.runs.files import append_json_line, read_json, read_json_lines, write_json, write_text
-from rlhf.runs.memory import MARKER, MemorySampler, pss_bytes, run_processes, total_gib
+from rlhf.runs.memory import RUN_MARK, MemorySampler, pss_bytes, run_processes, total_gib
 from rlhf.runs.metrics import MetricsLogger, read_metrics
 from rlhf.runs.progress import Progress
 from rlhf.runs.redact import HIDDEN, redact
@@ -203,7 +203,7 @@ def test_timings_add_up_over_resumes(tmp_path: Path) -> None:
 def test_descendants_and_marked_processes_are_found() -> None:
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: "run-1"})
+    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, RUN_MARK: "run-1"})
     assert parent.stdout is not None
     grandchild = int(parent.stdout.readline())
     try:
