@@ -104,17 +104,18 @@ async def _run_stage(context: RunContext, stage: Stage) -> None:
     stop = asyncio.ensure_future(context.stopping.wait())
     saves_itself = stage.kind in ("rl", "sft", "reward", "preference")
     waited = {work} if saves_itself else {work, stop}
-    try:
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise StopRequestedError(
-                f"stage {stage.name}", found="a signal", needed="time", action="Run the command again to go on."
-            )
-        results = await work
-    finally:
-        for task in (work, stop):
-            task.cancel()
-        await asyncio.gather(work, stop, return_exceptions=True)
+    with context.timings.phase(f"{stage.name}/total"):
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise StopRequestedError(
+                    f"stage {stage.name}", found="a signal", needed="time", action="Run the command again to go on."
+                )
+            results = await work
+        finally:
+            for task in (work, stop):
+                task.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
     context.timings.write()
     context.run.complete(stage.name, results)
     context.event("stage_completed", stage=stage.name)

@@ -10,8 +10,9 @@ RUN_FOLDERS = frozenset(
 )
 """Folders of every run; a stage that trains a policy has one more, under its own name."""
 
-NOT_STAGES = frozenset({"start"})
-"""Headings of the timings beside the stages: ``start`` has the seconds in which roles became ready."""
+NOT_STAGES = frozenset({"start", "move"})
+"""Headings of the timings beside the stages: seconds in which roles became ready (``start``), and in which their parts
+went in and out of device memory (``move``). Both passed inside of stages."""
 
 _STAGE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
 

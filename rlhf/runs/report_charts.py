@@ -121,18 +121,20 @@ def slices_chart(summary: Summary) -> str:
 
 
 def timings_chart(timings: Mapping[str, Mapping[str, float]]) -> str:
-    """Minutes by stage and phase; a stage's ``total`` is left out, as its phases are shown."""
+    """Minutes by stage and phase; a stage's ``total`` is a bar only where it has no phases, and stands at its name."""
     import plotly.graph_objects as go
 
-    phases = sorted({phase for stage in timings.values() for phase in stage if phase != "total" or len(stage) == 1})
+    shown = {stage: minutes_shown(phases) for stage, phases in timings.items()}
+    phases = sorted({phase for minutes in shown.values() for phase in minutes})
     stages = list(timings)[::-1]
+    labels = [html.escape(_with_total(stage, timings[stage])) for stage in stages]
     palette = ["#2563eb", "#60a5fa", "#0d9488", "#5eead4", "#d97706", "#fbbf24", "#7c3aed", "#c4b5fd", "#be185d", QUIET]
     figure = go.Figure()
     for index, phase in enumerate(phases):
         figure.add_bar(
             name=html.escape(phase),
-            y=[html.escape(stage) for stage in stages],
-            x=[timings[stage].get(phase, 0.0) / 60 for stage in stages],
+            y=labels,
+            x=[shown[stage].get(phase, 0.0) for stage in stages],
             orientation="h",
             marker={"color": palette[index % len(palette)]},
             hovertemplate="%{y}: %{x:.2f} min<extra>" + html.escape(phase) + "</extra>",
@@ -140,3 +142,12 @@ def timings_chart(timings: Mapping[str, Mapping[str, float]]) -> str:
     title = {"text": "Minutes by stage and phase", "font": {"size": 13}, "x": 0.02}
     figure.update_layout(barmode="stack", title=title, legend={"traceorder": "normal"})
     return fragment(figure, 120 + 36 * max(len(stages), 2))
+
+
+def minutes_shown(phases: Mapping[str, float]) -> dict[str, float]:
+    """Minutes of a stage's bar by phase; its total would count the phases again."""
+    return {phase: seconds / 60 for phase, seconds in phases.items() if phase != "total" or len(phases) == 1}
+
+
+def _with_total(stage: str, phases: Mapping[str, float]) -> str:
+    return f"{stage}, {phases['total'] / 60:.1f} in all" if "total" in phases else stage

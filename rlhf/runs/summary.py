@@ -12,6 +12,7 @@ from rlhf.config import StrictModel, validate
 from rlhf.evaluation.bootstrap import Interval
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.files import read_json, write_json
+from rlhf.runs.names import NOT_STAGES
 
 DISPLAY = (
     ("follows_request", "follows the request"),
@@ -75,7 +76,7 @@ class Summary(StrictModel):
     reward_model: RewardModelSummary | None = None
     """None where no reward model was trained."""
     timings: dict[str, dict[str, float]]
-    """Seconds by stage and phase."""
+    """Seconds by stage and phase; ``total`` is the stage's own time, with the records and waits between its phases."""
     throughput: dict[str, float]
     """Tokens per second by role: drawn by generation, read by the judge and the models, trained on by learners, each
     epoch anew."""
@@ -101,8 +102,12 @@ def read_summary(path: Path) -> Summary:
 
 
 def total_seconds(timings: Mapping[str, Mapping[str, float]]) -> float:
-    """Seconds over all stages: a stage's ``total`` where it has one, the sum of its phases otherwise."""
-    return sum(phases["total"] if "total" in phases else sum(phases.values()) for phases in timings.values())
+    """Seconds over all stages: a stage's ``total`` where it has one, the sum of its phases otherwise.
+
+    What stands beside the stages (``rlhf.runs.names.NOT_STAGES``) passed inside of them and is in their totals.
+    """
+    stages = [phases for name, phases in timings.items() if name not in NOT_STAGES]
+    return sum(phases["total"] if "total" in phases else sum(phases.values()) for phases in stages)
 
 
 def format_summary(summary: Summary) -> str:

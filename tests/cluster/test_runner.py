@@ -16,6 +16,8 @@ import pytest
 from cluster import context as context_module
 from cluster import runner
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.summary import total_seconds
+from rlhf.runs.timings import Timings
 
 
 class Context:
@@ -24,7 +26,7 @@ class Context:
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.stopping = asyncio.Event()
-        self.timings = SimpleNamespace(write=lambda: None)
+        self.timings = Timings()
         self.run = SimpleNamespace(complete=lambda name, results: log.append(f"{name} complete"))
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -127,3 +129,26 @@ def test_stages_go_on_without_a_signal(log: list[str], monkeypatch) -> None:
         *("stage_started", "two complete", "stage_completed"),
         "closed",
     ]
+
+
+def test_a_stages_own_time_has_its_waits_and_counts_after_a_failure_too(monkeypatch) -> None:
+    now = [0.0]
+    timings = Timings(clock=lambda: now[0])
+    context: Any = Context([])
+    context.timings = timings
+    stage: Any = SimpleNamespace(name="one", kind="rl")
+
+    async def work(context: Any, stage: Any) -> dict[str, Any]:
+        now[0] += 5.0  # a record, a wait: no phase
+        with timings.phase("one/learner"):
+            now[0] += 2.0
+        if now[0] > 7.0:
+            raise RuntimeError("the second time")
+        return {}
+
+    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    asyncio.run(runner._run_stage(context, stage))
+    assert timings.totals() == {"one": {"learner": 2.0, "total": 7.0}}
+    with pytest.raises(RuntimeError):
+        asyncio.run(runner._run_stage(context, stage))
+    assert total_seconds(timings.totals()) == 14.0

@@ -14,7 +14,7 @@ from rlhf.evaluation.completions import from_wide, to_wide
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.report import write_report
-from rlhf.runs.report_charts import metric_order
+from rlhf.runs.report_charts import metric_order, minutes_shown
 from rlhf.runs.summary import Summary, format_summary, read_summary, total_seconds, write_summary
 from rlhf.runs.tables import EVAL, read_table, write_table
 from tests.rlhf.evaluation.rows import eval_rows
@@ -79,7 +79,10 @@ def test_anyone_can_recompute_the_summary_from_the_table(tmp_path: Path) -> None
 
 
 def test_a_stages_total_is_not_counted_twice() -> None:
-    assert total_seconds({"rl": {"total": 10.0, "generate": 6.0, "update": 5.0}, "eval": {"judge": 3.0}}) == 13.0
+    timings = {"rl": {"total": 10.0, "generate": 6.0, "update": 5.0}, "eval": {"judge": 3.0}, "start": {"judge": 2.0}}
+    assert total_seconds(timings) == 13.0, "roles start inside of a stage"
+    assert minutes_shown({"total": 600.0, "generate": 360.0}) == {"generate": 6.0}
+    assert minutes_shown({"total": 60.0}) == {"total": 1.0}, "a stage without phases has a bar too"
 
 
 # Model cards
