@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from cluster.stages.evaluate import EvaluateStage, run_evaluate
 from cluster.stages.feedback import FeedbackStage, run_feedback
 from cluster.stages.offline import run_offline
 from cluster.stages.online import OnlineStage, run_online
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
     from cluster.context import RunContext
@@ -116,11 +117,23 @@ async def _run_stage(context: RunContext, stage: Stage) -> None:
             for task in (work, stop):
                 task.cancel()
             await asyncio.gather(work, stop, return_exceptions=True)
+            _record_failure(context, stage, work)
     context.timings.write()
     context.run.complete(stage.name, results)
     context.event("stage_completed", stage=stage.name)
     if "policy" in results:
         context.policy = Policy(context.run.root / results["policy"], results["version"])
+
+
+def _record_failure(context: RunContext, stage: Stage, work: asyncio.Future[dict[str, Any]]) -> None:
+    """Writes down what ended the stage, and so the run; a stop that was asked for has an event of its own."""
+    from cluster.context import StopRequestedError
+
+    error = None if work.cancelled() else work.exception()
+    if error is None or isinstance(error, StopRequestedError):
+        return
+    with contextlib.suppress(RecordError):  # a full disk may be what ended it; the error itself goes on to the caller
+        context.event("stage_failed", stage=stage.name, error=f"{type(error).__name__}: {error}")
 
 
 async def _in_its_place(context: RunContext, stage: Stage) -> dict[str, Any]:

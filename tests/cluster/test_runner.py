@@ -16,6 +16,8 @@ import pytest
 from cluster import context as context_module
 from cluster import runner
 from rlhf.runs.directory import RunDirectory
+from rlhf.errors import NonFiniteError, RecordError
+from rlhf.runs.events import EventLog, read_events
 from rlhf.runs.summary import total_seconds
 from rlhf.runs.timings import Timings
 
@@ -152,3 +154,46 @@ def test_a_stages_own_time_has_its_waits_and_counts_after_a_failure_too(monkeypa
     with pytest.raises(RuntimeError):
         asyncio.run(runner._run_stage(context, stage))
     assert total_seconds(timings.totals()) == 14.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NonFiniteError("learner.update", found="NaN", needed="numbers", action="Lower the rate."),
+        ZeroDivisionError("a defect"),
+    ],
+    ids=["an error of ours", "a defect"],
+)
+def test_what_ends_a_run_is_in_its_record(error: Exception, tmp_path: Path, monkeypatch) -> None:
+    record = EventLog(tmp_path / "events.jsonl")
+    context: Any = Context([])
+    context.event = record.record
+
+    async def work(context: Any, stage: Any) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    stage: Any = SimpleNamespace(name="one", kind="rl")
+    with pytest.raises(type(error)):
+        asyncio.run(runner._run_stage(context, stage))
+    _, failed = read_events(record.path)
+    assert (failed["kind"], failed["stage"]) == ("stage_failed", "one")
+    assert failed["error"] == f"{type(error).__name__}: {error}"
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_what_ended_the_run(monkeypatch) -> None:
+    context: Any = Context([])
+    full = RecordError("events.jsonl", found="a full disk", needed="space", action="Free some.")
+
+    def event(kind: str, **fields: Any) -> None:
+        if kind == "stage_failed":
+            raise full
+
+    async def work(context: Any, stage: Any) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    context.event = event
+    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    stage: Any = SimpleNamespace(name="one", kind="rl")
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(runner._run_stage(context, stage))
