@@ -172,11 +172,11 @@ class _Session:
     def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._run.events.record(kind, stage=self._job.stage, **fields)
 
-    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _log(self, step: int, metrics: Mapping[str, float], uids: Sequence[str]) -> None:
         if self._metrics is not None:
             self._metrics.log(self._job.stage, step, metrics)
             if metrics.get("skipped"):
-                self._event("update_skipped", {"step": step})
+                self._event("update_skipped", {"step": step, "uids": list(uids)})
 
     def _should_stop(self) -> bool:
         return bool(self._worker.broadcast(self._job.stop_request.exists()))

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from rlhf.config import StrictModel
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NonFiniteError
 from rlhf.types import TrainGroup
 
 
@@ -45,9 +45,13 @@ class OfflineLearner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OfflineHooks:
-    """What happens between steps. ``log`` acts on rank 0; ``checkpoint`` is collective; ``should_stop`` must agree."""
+    """What happens between steps. ``log`` acts on rank 0; ``checkpoint`` is collective; ``should_stop`` must agree.
 
-    log: Callable[[int, Mapping[str, float]], None]
+    ``log`` is given the step, its metrics, and the uids of its batch over all ranks, so that a batch that was skipped
+    can be found again.
+    """
+
+    log: Callable[[int, Mapping[str, float], Sequence[str]], None]
     checkpoint: Callable[[int], None]
     should_stop: Callable[[], bool]
 
@@ -93,7 +97,11 @@ def train_offline(
     seed: int,
     first_step: int = 0,
 ) -> int:
-    """Trains from ``first_step`` to the end and returns the number of updates done (fewer after a stop)."""
+    """Trains from ``first_step`` to the end and returns the number of updates done (fewer after a stop).
+
+    Raises:
+        NonFiniteError: Too many updates in a row were not finite; the last of them has been logged.
+    """
     last = num_steps(len(groups), config)
     step = 0
     for epoch in range(config.epochs):
@@ -102,11 +110,16 @@ def train_offline(
             if step <= first_step:
                 continue
             share = [groups[i] for i in batch[rank::num_ranks]]
-            metrics = dict(learner.train_step(share))
+            uids = [groups[i].uid for i in batch]
+            try:
+                metrics = dict(learner.train_step(share))
+            except NonFiniteError:  # the batch that ends the run is looked for first
+                hooks.log(step, {"skipped": 1.0}, uids)
+                raise
             if held_out and (step == last or (config.evaluate_every and step % config.evaluate_every == 0)):
                 found = learner.evaluate(held_out[rank::num_ranks])
                 metrics |= {f"held_out/{name}": value for name, value in found.items()}
-            hooks.log(step, metrics)
+            hooks.log(step, metrics, uids)
             stop = hooks.should_stop()
             if stop or step == last or step % config.checkpoint_every == 0:
                 hooks.checkpoint(step)

@@ -1,4 +1,4 @@
-"""``events.jsonl``: faults, restarts, scaling, resumes, what ended a run - what happened to a run besides its metrics."""
+"""``events.jsonl``: faults, restarts, scaling, resumes, its end - what happened to a run besides its metrics."""
 
 from __future__ import annotations
 

@@ -85,8 +85,9 @@ def test_a_fallback_to_an_older_checkpoint_is_an_event(job: OfflineJob) -> None:
     assert "altered" in json.dumps(events[0])
 
 
-def test_a_skipped_update_is_an_event(job: OfflineJob) -> None:
+def test_a_skipped_update_is_an_event_that_names_its_batch(job: OfflineJob) -> None:
     hooks = _Session(job, FakeWorker(), 0).hooks()
-    hooks.log(1, {"loss": 1.0, "skipped": 0.0})
-    hooks.log(2, {"skipped": 1.0})
-    assert [(e["kind"], e["step"]) for e in read_events(job.run_dir / "events.jsonl")] == [("update_skipped", 2)]
+    hooks.log(1, {"loss": 1.0, "skipped": 0.0}, ["a", "b"])
+    hooks.log(2, {"skipped": 1.0}, ["c", "d"])
+    [event] = read_events(job.run_dir / "events.jsonl")
+    assert (event["kind"], event["step"], event["uids"]) == ("update_skipped", 2, ["c", "d"])

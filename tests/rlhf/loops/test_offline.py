@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NonFiniteError
 from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, epoch_batches, num_steps, train_offline
 from rlhf.types import TrainGroup
 
@@ -29,6 +29,7 @@ class Rank:
         self.shares: list[list[str]] = []
         self.evaluated: list[list[str]] = []
         self.logged: dict[int, dict[str, float]] = {}
+        self.batches: dict[int, list[str]] = {}
         self.checkpoints: list[int] = []
         self.stop_after = stop_after
 
@@ -42,8 +43,9 @@ class Rank:
 
     @property
     def hooks(self) -> OfflineHooks:
-        def log(step, metrics) -> None:
+        def log(step, metrics, uids) -> None:
             self.logged[step] = dict(metrics)
+            self.batches[step] = list(uids)
 
         def should_stop() -> bool:
             return self.stop_after is not None and len(self.shares) >= self.stop_after
@@ -120,6 +122,23 @@ def test_cadence_of_evaluations_and_checkpoints() -> None:
 
     learner, _ = run(20, OfflineConfig(groups_per_step=4, checkpoint_every=3), held_out=3)
     assert [step for step, metrics in learner.logged.items() if "held_out/loss" in metrics] == [5]
+
+
+def test_a_step_is_logged_with_the_whole_batch_and_the_one_that_ends_the_run_too() -> None:
+    config = OfflineConfig(groups_per_step=4)
+    learner, _ = run(8, config, num_ranks=2)
+    assert all(set(share) < set(batch) for share, batch in zip(learner.shares, learner.batches.values(), strict=True))
+    assert sorted(uid for batch in learner.batches.values() for uid in batch) == [f"g{i}" for i in range(8)]
+
+    class Diverged(Rank):
+        def train_step(self, groups) -> dict[str, float]:
+            raise NonFiniteError("rank 0", found="NaN", needed="numbers", action="Lower the rate.")
+
+    diverged = Diverged()
+    with pytest.raises(NonFiniteError):
+        train_offline(diverged, make_groups(8), [], config, diverged.hooks, rank=0, num_ranks=2, seed=3)
+    assert diverged.logged == {1: {"skipped": 1.0}}
+    assert diverged.batches[1] == learner.batches[1]
 
 
 def test_held_out_groups_are_shared_out_too() -> None:
