@@ -48,7 +48,7 @@ def free_port() -> int:
 class ProcessGroup:
     """The gang's default process group: gloo on CPUs, NCCL on GPUs.
 
-    A group that already exists (Ray Train makes one) is used as it is and left alone at the end.
+    A group that already exists (Ray Train makes one, with the same limit) is used as it is and left alone at the end.
 
     Args:
         info: This rank; a port is needed where there is more than one.

@@ -5,6 +5,7 @@ Ray Train repeats every failure alike. Its own restarts are switched off, and ma
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,9 @@ def fit_ranks(
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if gpus else "gloo", timeout_s=math.ceil(job.learner.deepspeed.collective_timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=num_ranks,
             use_gpu=gpus > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
+from actors import training
+from actors.deepspeed.config import DeepSpeedConfig
 from actors.restarts import ProgressBudget
+from actors.settings import LearnerConfig
 from actors.training import failure_of, fit_with_restarts
 from rlhf.errors import ConfigError, DataError, LearnerError, NonFiniteError, PlacementError, RlhfError
+from tests.actors.test_offline_data import make_job
 
 DATA = DataError("groups", found="none", needed="some", action="Label first.")
 SETTINGS = ConfigError("stage sft", found="batches of 1", needed="2", action="Raise groups_per_step.")
@@ -105,3 +110,25 @@ def test_no_room_for_the_ranks_is_a_placement_error(tmp_path: Path) -> None:
     with pytest.raises(PlacementError) as caught:
         run(training, tmp_path)
     assert (training.calls, caught.value.exit_code) == (1, 3)
+
+
+@pytest.mark.parametrize(("seconds", "whole"), [(90.0, 90), (0.4, 1)])
+def test_ranks_wait_for_each_other_as_long_as_the_learner_section_says(
+    seconds: float, whole: int, tmp_path: Path, monkeypatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    class Trainer:
+        def __init__(self, train: Any, **options: Any) -> None:
+            told.update(options)
+
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr(training, "TorchTrainer", Trainer)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "")  # set by the call, and put back after the test
+    learner = LearnerConfig(deepspeed=DeepSpeedConfig(collective_timeout_s=seconds))
+    job = dataclasses.replace(make_job(tmp_path, "sft"), learner=learner)
+    options: dict[str, Any] = {"num_ranks": 2, "cpus": 1, "gpus": 0, "strategy": "PACK", "max_restarts": 0}
+    training.fit_ranks(lambda config: None, job, start_timeout_s=60.0, **options)
+    assert (told["torch_config"].backend, told["torch_config"].timeout_s) == ("gloo", whole)
