@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ def summarise(config: RunConfig, root: Path) -> None:
     left = [stage.name for stage in config.stages if not run.is_complete(stage.name)]
     if left:
         print(f"{root}: stages left: {', '.join(left)}")
+        print("next     all of them:\n" + command_line("run", run.config, f"run_dir={root}"))
         return
     summary = build_summary(config, run)
     write_summary(run.summary, summary)
@@ -37,7 +39,23 @@ def summarise(config: RunConfig, root: Path) -> None:
     print(f"model    {run.policy}" if run.policy.is_dir() else f"run      {root}")
     print(f"summary  {run.summary}")
     print(f"report   {write_report(root)}")
-    print("next     open the report in a browser; copy the recipe, change it, and run it with another run_dir")
+    print("next     open the report in a browser, or type one of these:\n" + "\n".join(next_commands(config, run)))
+
+
+def next_commands(config: RunConfig, run: RunDirectory) -> list[str]:
+    """What to type after a complete run: the report once more, and the same recipe with other settings elsewhere."""
+    number = 2
+    while (elsewhere := run.root.with_name(f"{run.root.name}-{number}")).exists():
+        number += 1
+    return [
+        command_line("report", run.root),
+        command_line("run", run.config, f"run_dir={elsewhere}", f"seed={config.seed + 1}"),
+    ]
+
+
+def command_line(*arguments: str | Path) -> str:
+    """An ``rlhf`` command as a shell reads it."""
+    return shlex.join(["rlhf", *map(str, arguments)])
 
 
 def keep_policy(config: RunConfig, run: RunDirectory) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.config import RunConfig
+from cluster.cli import build_parser
+from cluster.config import RunConfig, load_run_config
 from cluster.context import read_peak_memory, write_peak_memory
 from cluster.finish import build_summary, summarise
 from rlhf.config import validate
@@ -127,8 +131,32 @@ def test_a_run_with_stages_left_has_no_summary(tmp_path: Path, capsys: pytest.Ca
     config = recipe(PEOPLE, {"kind": "reward"})
     run = finished(tmp_path / "run", config, {"feedback": {"source": "people", "num_rankings": 4}})
     summarise(config, run.root)
-    assert "stages left: reward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stages left: reward" in printed
     assert not run.summary.exists()
+    [command] = commands_in(printed)
+    again = load_run_config(command.config, command.overrides)
+    assert again.directory == run.root and [stage.name for stage in again.stages] == ["feedback", "reward"]
+
+
+def test_a_complete_run_says_what_to_type_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(PEOPLE)
+    run = finished(tmp_path / "my run", config, {"feedback": {"source": "people", "num_rankings": 4}})
+    (tmp_path / "my run-2").mkdir()
+    summarise(config, run.root)
+    printed = capsys.readouterr().out
+    assert re.search(r"^next +\S", printed, flags=re.MULTILINE)
+    report, again = commands_in(printed)
+    assert (report.command, report.run) == ("report", run.root)
+    other = load_run_config(again.config, again.overrides)
+    assert other.directory == tmp_path / "my run-3", "a folder that nothing is in"
+    assert (other.name, other.seed) == (config.name, config.seed + 1)
+
+
+def commands_in(printed: str) -> list[argparse.Namespace]:
+    """The command lines of ours, as the parser reads them."""
+    lines = [line for line in printed.splitlines() if line.startswith("rlhf ")]
+    return [build_parser().parse_args(shlex.split(line)[1:]) for line in lines]
 
 
 def test_exported_models_get_their_cards(tmp_path: Path) -> None:
