@@ -19,6 +19,7 @@ from rlhf.objectives.config import ObjectiveConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json, write_json
+from rlhf.runs.follow import STEPS_KNOWN
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.types import TrainGroup
 
@@ -127,6 +128,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     worker.start()
     session = _Session(job, worker, rank)
     first_step = session.resume()
+    session.say_steps(first_step, num_steps(len(groups), job.loop))
     done = train_offline(
         worker,
         groups,
@@ -168,6 +170,11 @@ class _Session:
         if self._metrics is not None:
             self._metrics.resume(self._job.stage, step)
         return int(step)
+
+    def say_steps(self, done: int, steps: int) -> None:
+        """Says how much there is to do, which the driver cannot know: it has not read the data."""
+        if self._rank == 0:
+            self._event(STEPS_KNOWN, {"steps": steps, "done": done})
 
     def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._run.events.record(kind, stage=self._job.stage, **fields)

@@ -38,6 +38,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
     """Samples both models on ``data.evaluation``, scores them with every instrument and grades them."""
     from cluster.fleets import evaluator
     from rlhf.evaluation.instruments import choose_instruments
+    from rlhf.runs.progress import Progress
 
     prompts = context.prompts(stage.split)
     instruments = choose_instruments(
@@ -48,11 +49,17 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
         where=f"stage {stage.name}",
     )
     drawn = max(stage.num_samples, stage.best_of) if "reward_model" in instruments else stage.num_samples
-    arms = {
-        "before": await _sample(context, stage, context.start, prompts, drawn),
-        "after": await _sample(context, stage, context.policy, prompts, stage.num_samples),
-    }
-    measured = {arm: await _measure(context, stage, groups, instruments) for arm, groups in arms.items()}
+    arms = {"before": (context.start, drawn), "after": (context.policy, stage.num_samples)}
+    sampled: dict[str, list[GroupHandle]] = {}
+    measured: dict[str, list[GroupHandle]] = {}
+    num_completions = len(prompts) * sum(num_samples for _, num_samples in arms.values())
+    with Progress(stage.name, 2 * num_completions) as bar:  # each completion is drawn and measured
+        for arm, (policy, num_samples) in arms.items():
+            sampled[arm] = await _sample(context, stage, policy, prompts, num_samples)
+            bar.advance(len(prompts) * num_samples)
+        for arm, (_, num_samples) in arms.items():
+            measured[arm] = await _measure(context, stage, sampled[arm], instruments)
+            bar.advance(len(prompts) * num_samples)
     worker = await evaluator(context, stage.report_card)
     async with context.timed_gate(stage.name).hold("evaluator"):
         [report] = await worker.broadcast("evaluate", stage.name, measured, stage.num_samples, instruments)

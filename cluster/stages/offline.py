@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -115,7 +118,7 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         threads=context.config.roles.learner.resources.threads,
         temperature=learning_temperature(context.config, stage),
     )
-    async with context.timed_gate(stage.name).hold("learner"):
+    async with context.timed_gate(stage.name).hold("learner"), _shown(context, stage.name):
         await _fit(context, job)
     results = read_results(job)
     held_out = results.pop("held_out", ())
@@ -140,6 +143,32 @@ def learning_temperature(config: RunConfig, stage: OfflineStage) -> float:
         return stage.temperature
     drawn = any(s.kind == "feedback" and s.source == "judge" for s in config.stages)
     return config.sampling.temperature if drawn and stage.source == "feedback" else 1.0
+
+
+@contextlib.asynccontextmanager
+async def _shown(context: RunContext, stage: str, interval_s: float = 1.0) -> AsyncIterator[None]:
+    """Shows how far the ranks are for the length of a block, from what rank 0 writes down."""
+    from rlhf.runs.follow import FollowedProgress
+
+    progress = FollowedProgress(stage, context.run.events.path, context.run.metrics)
+
+    async def follow() -> None:
+        try:
+            while True:
+                await asyncio.sleep(interval_s)
+                progress.update()
+        finally:  # the last step, too
+            progress.update()
+
+    following = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        following.cancel()
+        [ended] = await asyncio.gather(following, return_exceptions=True)
+        if isinstance(ended, Exception):  # of the display only; the training went on
+            context.event("progress_lost", stage=stage, error=repr(ended))
+        progress.close()
 
 
 async def _fit(context: RunContext, job: OfflineJob) -> None:

@@ -68,13 +68,17 @@ class Progress:
 
     def advance(self, steps: int = 1, **values: float) -> None:
         """Moves on by ``steps`` and shows a few numbers beside, for example ``reward=0.31``."""
-        self._done += steps
+        self.reach(self._done + steps, **values)
+
+    def reach(self, done: int, **values: float) -> None:
+        """Goes to a step; a place before the last one is where work that was lost is done again."""
+        before, self._done = self._done, done
         note = " ".join(f"{name}={value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, note=note)
             return
         now = self._clock()
-        first = self._done - steps == self._first
+        first = before == self._first
         if first or self._done >= self._total or now - self._last >= self._interval_s:
             self._last = now
             self._stream.write(self._line(now, note) + "\n")

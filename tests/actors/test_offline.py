@@ -14,6 +14,7 @@ from rlhf.loops.offline import OfflineConfig
 from rlhf.objectives.config import SupervisedConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.events import read_events
+from rlhf.runs.follow import STEPS_KNOWN
 
 
 class FakeWorker:
@@ -91,3 +92,10 @@ def test_a_skipped_update_is_an_event_that_names_its_batch(job: OfflineJob) -> N
     hooks.log(2, {"skipped": 1.0}, ["c", "d"])
     [event] = read_events(job.run_dir / "events.jsonl")
     assert (event["kind"], event["step"], event["uids"]) == ("update_skipped", 2, ["c", "d"])
+
+
+def test_rank_0_says_how_many_steps_there_are(job: OfflineJob) -> None:
+    for rank in (0, 1):
+        _Session(job, FakeWorker(), rank).say_steps(3, 8)
+    [event] = read_events(job.run_dir / "events.jsonl")
+    assert (event["kind"], event["stage"], event["done"], event["steps"]) == (STEPS_KNOWN, "sft", 3, 8)

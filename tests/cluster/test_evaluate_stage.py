@@ -170,6 +170,12 @@ def test_with_judge_reward_model_and_columns_every_instrument_is_asked(tmp_path:
     assert report["win_rate"]["mean"] == 0.5 and report["worst_slice"] == "scathing" and report["missing"] == {}
 
 
+def test_an_evaluation_shows_what_it_has_drawn_and_measured(tmp_path: Path, asked, capsys) -> None:
+    evaluate(tmp_path, FILM, judged=True, rewarded=True)
+    drawn_and_measured = 2 * (4 * 4 + 4 * 2)
+    assert f"evaluate: {drawn_and_measured}/{drawn_and_measured}, " in capsys.readouterr().err
+
+
 def test_without_them_nobody_is_asked_in_vain_and_the_rest_is_measured(tmp_path: Path, asked) -> None:
     results = evaluate(tmp_path, {}, judged=False, rewarded=False)
     assert asked.keys() == {"generation", "reference", "evaluator"}

@@ -1,14 +1,21 @@
-"""At which temperature an offline stage learns."""
+"""At which temperature an offline stage learns, and how it shows its steps."""
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.config import RunConfig
-from cluster.stages.offline import learning_temperature
+from cluster.stages.offline import _shown, learning_temperature
 from rlhf.config import validate
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.events import read_events
+from rlhf.runs.follow import STEPS_KNOWN
+from rlhf.runs.metrics import MetricsLogger
 
 JUDGED = {"kind": "feedback"}
 PEOPLE = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
@@ -39,3 +46,32 @@ def test_what_the_policy_drew_is_learned_at_the_temperature_it_was_drawn_at_unle
     }
     config = validate(RunConfig, document, "recipe.yaml")
     assert learning_temperature(config, config.stages[1]) == expected
+
+
+def test_the_driver_shows_the_steps_that_rank_0_writes_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    context: Any = SimpleNamespace(run=run, event=run.events.record)
+
+    async def train() -> None:
+        async with _shown(context, "sft", interval_s=0.01):
+            await asyncio.sleep(0)  # so that it has begun to look
+            run.events.record(STEPS_KNOWN, stage="sft", steps=2, done=0)
+            logger = MetricsLogger(run.metrics)
+            for step in (1, 2):
+                logger.log("sft", step, {"nll": 2.0})
+
+    asyncio.run(train())
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sft: 2/2, ")
+
+
+def test_a_display_that_fails_ends_no_training(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    context: Any = SimpleNamespace(run=run, event=run.events.record)
+
+    async def train() -> None:
+        async with _shown(context, "sft", interval_s=0.01):
+            run.events.record(STEPS_KNOWN, stage="sft")  # without its steps
+            await asyncio.sleep(0.05)
+
+    asyncio.run(train())
+    assert [event["kind"] for event in read_events(run.events.path)] == [STEPS_KNOWN, "progress_lost"]

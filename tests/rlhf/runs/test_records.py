@@ -14,7 +14,8 @@ import pytest
 
 from rlhf.errors import RecordError
 from rlhf.runs.events import EventLog, read_events
-from rlhf.runs.files import append_json_line, read_json, read_json_lines, write_json, write_text
+from rlhf.runs.files import append_json_line, keep_json_lines, read_json, read_json_lines, write_json, write_text
+from rlhf.runs.follow import STEPS_KNOWN, FollowedProgress, NewLines
 from rlhf.runs.memory import RUN_MARK, MemorySampler, pss_bytes, run_processes, total_gib
 from rlhf.runs.metrics import MetricsLogger, read_metrics
 from rlhf.runs.progress import Progress
@@ -174,6 +175,50 @@ def test_a_terminal_gets_a_bar() -> None:
     with Progress("sft", 2, stream=stream) as bar:
         bar.advance(2, loss=1.5)
     assert "sft" in stream.getvalue()
+
+
+def test_each_new_line_is_read_once_and_a_replaced_file_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_json_line(path, {"n": 0})
+    lines = NewLines(path)
+    assert lines.read() == [], "what was there before"
+    append_json_line(path, {"n": 1})
+    with path.open("ab") as file:
+        file.write(b'{"n": 2')
+        file.flush()
+        assert lines.read() == [{"n": 1}]
+        file.write(b"}\n")
+    assert lines.read() == [{"n": 2}] and lines.read() == []
+    assert keep_json_lines(path, lambda line: line["n"] != 1) == 1
+    assert lines.read() == [{"n": 0}, {"n": 2}]
+    later = NewLines(tmp_path / "later.jsonl")
+    assert later.read() == []
+    append_json_line(tmp_path / "later.jsonl", {"n": 3})
+    assert later.read() == [{"n": 3}]
+
+
+def test_progress_of_another_process_follows_its_record_over_a_lost_gang(tmp_path: Path) -> None:
+    stream, events = io.StringIO(), EventLog(tmp_path / "events.jsonl")
+    metrics = MetricsLogger(tmp_path / "metrics.jsonl")
+    events.record(STEPS_KNOWN, stage="sft", steps=9, done=0)  # of an earlier driver
+    metrics.log("sft", 2, {"policy_loss": 1.0})
+    progress = FollowedProgress("sft", events.path, metrics.path, stream=stream)
+    progress.update()
+    assert stream.getvalue() == "", "nothing is known yet"
+    metrics.resume("sft", 2)
+    events.record(STEPS_KNOWN, stage="reward", steps=3, done=0)
+    events.record(STEPS_KNOWN, stage="sft", steps=8, done=2)
+    metrics.log("sft", 3, {"rank_loss": 0.5, "lr": 1.0, "held_out/rank_loss": float("nan")})
+    progress.update()
+    assert stream.getvalue().startswith("sft: 3/8, ") and stream.getvalue().endswith(", rank_loss=0.5\n")
+    events.record(STEPS_KNOWN, stage="sft", steps=8, done=2)
+    metrics.resume("sft", 2)
+    metrics.log("reward", 1, {})
+    for step in range(3, 9):
+        metrics.log("sft", step, {"rank_loss": 0.25})
+    progress.update()
+    progress.close()
+    assert stream.getvalue().splitlines()[-1].startswith("sft: 8/8, ")
 
 
 # Timings
