@@ -72,6 +72,9 @@ class Fleet:
     """Replicas of one role.
 
     Joining and leaving happen under one lock, towards the number that ``scale`` asked for last; calls go on meanwhile.
+    The wait for that lock, and for the one of the weights, ends with what the holder does: a leave within its
+    ``call_timeout_s``, a join within the placement's and its own ``start_timeout_s`` and a welcome whose calls have
+    limits, at most ``max_restarts`` of them one after the other.
 
     Args:
         role: Name in logs and errors.

@@ -43,7 +43,9 @@ class LearnerGang:
         self.role = role
         self.ranks = list(ranks)
         self.lock = asyncio.Lock()
-        """Held over an update and over a whole publication, so that no export mixes two versions."""
+        """Held over an update and over a whole publication, so that no export mixes two versions. Waiting for it ends
+        with its holder's calls, of which each has a timeout: ``timeout_s`` of the ranks, the publisher's of a bucket on
+        a replica."""
         self._timeout_s = timeout_s
         self._meter = meter
         self._num_epochs = num_epochs

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from cluster.context import RunContext
 
 STAGE_TIMEOUT_S = 30 * 24 * 3600.0
-"""A stage takes as long as its data do. Within it, no rank waits for another longer than the gang's own limit."""
+"""A stage takes as long as its data do. Within it, ranks wait for room for ``start_timeout_s`` and for each other for
+``deepspeed.collective_timeout_s``; the driver shows their steps."""
 
 
 class SupervisedStage(StrictModel):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DeadlineError
 from rlhf.loops.gate import BudgetGate
 from tests.fakes import breathe
 
@@ -145,3 +145,16 @@ def test_a_failure_inside_gives_the_share_back() -> None:
 def test_a_share_that_could_never_be_granted_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="gate share of learner"):
         BudgetGate({"learner": share})
+
+
+def test_a_wait_for_a_phase_that_does_not_end_is_an_error_that_names_it_and_takes_nothing() -> None:
+    async def body() -> None:
+        gate = BudgetGate({"learner": 1.0, "judge": 1.0}, timeout_s=0.05)
+        async with gate.hold("learner"):
+            with pytest.raises(DeadlineError, match=r"phase gate, judge: found learner at work"):
+                async with gate.hold("judge"):
+                    raise AssertionError("two at once")
+        async with gate.hold("judge"):  # the budget is whole again
+            pass
+
+    asyncio.run(asyncio.wait_for(body(), TIMEOUT))
