@@ -12,7 +12,7 @@ from typing import Any
 from actors.calls import await_ref, gather_all, kill
 from actors.parts import LEARNER_PARTS
 from actors.roles import Meter
-from rlhf.errors import DeadlineError, LearnerError, NonFiniteError, ReplicaLostError, RlhfError, RolloutsLostError
+from rlhf.errors import DeadlineError, LearnerError, ReplicaLostError, RlhfError, RolloutsLostError
 from rlhf.maths.packing import deal
 from rlhf.types import GroupHandle
 
@@ -128,15 +128,7 @@ class LearnerGang:
         async with self.lock:
             with self._metered(groups, self._num_epochs):
                 results = await self.call("update", lambda rank: ([groups[i] for i in shares[rank]],))
-        metrics = dict(results[0])
-        if metrics.get("consecutive_skips", 0) >= 3:
-            raise NonFiniteError(
-                f"{self.role}.update",
-                found="a loss or gradient that is not finite in three updates in a row",
-                needed="finite gradients",
-                action="The weights are unchanged; look at the batches in rollouts/, lower the learning rate.",
-            )
-        return metrics
+        return dict(results[0])
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds the critic's per-token values to each group (PPO)."""

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.gang import LearnerGang
 from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError, WorkerError
 from tests.fakes import make_group
 
 engine = pytest.mark.engine
+
+GROUPS = [make_group(f"p{i}", 0, (length,)) for i, length in enumerate([50, 10, 40, 20])]
 
 
 class MovingRank:
@@ -27,6 +29,7 @@ class MovingRank:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.failing = ""
+        self.error: Exception = RayActorError()
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *args: self._call(method, *args))
@@ -35,7 +38,7 @@ class MovingRank:
         self.log.append(" ".join([method, *(str(part) for arg in args for part in arg)]))
         answer: Future[None] = Future()
         if method == self.failing:
-            answer.set_exception(RayActorError())
+            answer.set_exception(self.error)
         else:
             answer.set_result(None)
         return SimpleNamespace(future=lambda: answer)
@@ -67,6 +70,20 @@ def test_weights_are_in_device_memory_for_an_export_and_go_back_to_where_they_we
     around = ["reside weights", "put_bucket", "reside"]
     expected = ["put_bucket", "reside", *around, "reside weights", "put_bucket", "reside", *around[:2]]
     assert ranks[0].log == ranks[1].log == expected
+
+
+def test_the_ranks_third_skip_in_a_row_is_what_the_driver_gets(monkeypatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr("actors.gang.kill", ended.append)
+    skips = NonFiniteError("learner rank 0", found="NaN", needed="numbers", action="The weights are unchanged.")
+    ranks = [MovingRank(), MovingRank()]
+    for rank in ranks:
+        rank.failing, rank.error = "update", RayTaskError("update", "a traceback", skips)
+    gang = LearnerGang("learner", ranks, timeout_s=60.0)
+    with pytest.raises(NonFiniteError) as caught:
+        asyncio.run(gang.update(GROUPS))
+    assert caught.value is skips
+    assert ended == ranks and gang.ranks == []
 
 
 class RankWorker:
@@ -103,8 +120,7 @@ class RankWorker:
         if self.fault == "data":
             raise DataError("batch", found="x", needed="y", action="z")
         self._collective()
-        skips = 3 if self.fault == "skips" else 0
-        return {"uids": [group.uid for group in groups], "rank": self.rank, "consecutive_skips": skips}
+        return {"uids": [group.uid for group in groups], "rank": self.rank}
 
     def annotate(self, groups):
         import dataclasses
@@ -149,9 +165,6 @@ def wait_until_gone(pids: list[int]) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its gang"
         time.sleep(0.05)
-
-
-GROUPS = [make_group(f"p{i}", 0, (length,)) for i, length in enumerate([50, 10, 40, 20])]
 
 
 @engine
@@ -223,13 +236,6 @@ def test_groups_that_are_lost_leave_the_gang_alive(make_gang) -> None:
     assert caught.value.uids == ("p3",)
     assert asyncio.run(gang.update(GROUPS))["uids"] == ["p0", "p1"]
     assert pids_of(gang) == pids
-
-
-@engine
-def test_three_updates_in_a_row_that_are_not_finite_stop(make_gang) -> None:
-    gang = make_gang(rank0="skips", rank1="skips")
-    with pytest.raises(NonFiniteError):
-        asyncio.run(gang.update(GROUPS))
 
 
 @engine
