@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
@@ -53,11 +52,6 @@ class GenerationWorker:
         self._run_seed = run_seed
         self._store = store
         self._name = name
-        self._num_tokens = 0
-        self._num_completions = 0
-        self._busy_s = 0.0
-        self._num_calls = 0
-        self._busy_since = 0.0
 
     async def start(self) -> None:
         """Loads the model; returns when the replica can draw."""
@@ -67,19 +61,8 @@ class GenerationWorker:
         """Ends the engine and its processes."""
         await self._engine.stop()
 
-    async def generate(
-        self, prompts: Sequence[Prompt], num_samples: int, version: int, *, exact: bool = False
-    ) -> list[GroupHandle]:
-        """Draws ``num_samples`` siblings for each prompt; see ``stream``."""
-        return [group async for group in self.stream(prompts, num_samples, version, exact=exact)]
-
     async def stream(
-        self,
-        prompts: Sequence[Prompt],
-        num_samples: int,
-        version: int,
-        sampling: SamplingConfig | None = None,
-        exact: bool = False,
+        self, prompts: Sequence[Prompt], num_samples: int, version: int, exact: bool = False
     ) -> AsyncGenerator[GroupHandle, None]:
         """Draws all siblings of all prompts at once and yields each group as it is complete, in the prompts' order.
 
@@ -90,7 +73,6 @@ class GenerationWorker:
             prompts: What to answer.
             num_samples: Siblings per prompt.
             version: Oldest weights that will do; also part of each completion's seed.
-            sampling: Another distribution than the run's, for example greedy in an evaluation.
             exact: Whether weights later than ``version`` will not do.
 
         Raises:
@@ -98,27 +80,22 @@ class GenerationWorker:
             EngineError: The engine died, or does not serve the weights that were asked for.
             DeadlineError: The engine did not finish in time.
         """
-        sampling = sampling or self._sampling
-        self._check_lengths(prompts, sampling)
+        self._check_lengths(prompts)
         requests = [
             Request(f"{prompt.uid}#{k}", prompt.token_ids, sampling_seed(self._run_seed, prompt.uid, k, version))
             for prompt in prompts
             for k in range(num_samples)
         ]
-        self._enter()
-        try:
-            siblings: list[Completion] = []
-            remaining = iter(prompts)
-            async with contextlib.aclosing(
-                self._engine.sample(requests, sampling, version=version, exact=exact)
-            ) as completions:
-                async for completion in completions:
-                    siblings.append(completion)
-                    if len(siblings) == num_samples:
-                        yield await self._put(next(remaining), siblings)
-                        siblings = []
-        finally:
-            self._leave()
+        siblings: list[Completion] = []
+        remaining = iter(prompts)
+        async with contextlib.aclosing(
+            self._engine.sample(requests, self._sampling, version=version, exact=exact)
+        ) as completions:
+            async for completion in completions:
+                siblings.append(completion)
+                if len(siblings) == num_samples:
+                    yield await self._put(next(remaining), siblings)
+                    siblings = []
 
     async def begin_update(self, version: int) -> None:
         """Stops serving, freezes what is in flight and opens the replica for buckets of ``version``."""
@@ -175,28 +152,13 @@ class GenerationWorker:
         """Keeps these parts (``weights``, ``kv_cache``) in GPU memory, where the engine section allows it to sleep."""
         await self._engine.reside(parts)
 
-    async def stats(self) -> Mapping[str, float]:
-        """Totals since construction: tokens and completions drawn, seconds with work in hand; -1 is no version."""
-        running = time.monotonic() - self._busy_since if self._num_calls else 0.0
-        return {
-            "num_tokens": float(self._num_tokens),
-            "num_completions": float(self._num_completions),
-            "seconds": self._busy_s + running,
-            "version": float(-1 if self._engine.version is None else self._engine.version),
-            "alive": float(self._engine.is_alive),
-            "in_flight": float(self._engine.num_in_flight),
-        }
-
-    async def engine_processes(self) -> tuple[int, ...]:
-        """Ids of the engine's processes, for memory accounts and fault drills."""
-        return self._engine.processes
-
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        max_tokens = self._sampling.max_tokens
         for prompt in prompts:
-            if not prompt.token_ids or len(prompt.token_ids) + sampling.max_tokens > self._max_model_len:
+            if not prompt.token_ids or len(prompt.token_ids) + max_tokens > self._max_model_len:
                 raise DataError(
                     f"prompt {prompt.uid}",
-                    found=f"{len(prompt.token_ids)} tokens and completions of up to {sampling.max_tokens}",
+                    found=f"{len(prompt.token_ids)} tokens and completions of up to {max_tokens}",
                     needed=f"at least one token, and at most {self._max_model_len} together",
                     action="Shorten the prompt or sampling.max_tokens, or raise max_model_len of the engine section.",
                 )
@@ -204,8 +166,6 @@ class GenerationWorker:
     async def _put(self, prompt: Prompt, siblings: Sequence[Completion]) -> GroupHandle:
         spans = [span.version for completion in siblings for span in completion.version_spans]
         lengths = tuple(len(completion.token_ids) for completion in siblings)
-        self._num_tokens += sum(lengths)
-        self._num_completions += len(siblings)
         group = RolloutGroup(prompt, tuple(Rollout(completion) for completion in siblings))
         return GroupHandle(
             uid=prompt.uid,
@@ -214,13 +174,3 @@ class GenerationWorker:
             completion_lengths=lengths,
             weight_versions=(min(spans), max(spans)),
         )
-
-    def _enter(self) -> None:
-        if not self._num_calls:
-            self._busy_since = time.monotonic()
-        self._num_calls += 1
-
-    def _leave(self) -> None:
-        self._num_calls -= 1
-        if not self._num_calls:
-            self._busy_s += time.monotonic() - self._busy_since

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -78,7 +77,6 @@ class JudgeBase(ABC):
         self._constitutions: dict[str, Constitution] = {}
         self._centres: dict[str, float] = {}
         self._cache: OrderedDict[str, Mapping[str, float]] = OrderedDict()
-        self._stats = {"num_verdicts": 0.0, "num_cached": 0.0, "num_missing": 0.0, "num_tokens": 0.0, "seconds": 0.0}
 
     async def start(self) -> None:
         """Reads the constitutions and makes the judge ready; a fault is found here, before anything is judged."""
@@ -131,7 +129,6 @@ class JudgeBase(ABC):
         self, groups: Sequence[GroupHandle], constitution: str
     ) -> list[tuple[tuple[Verdict, ...], int]]:
         """The verdicts on each group, and the tokens that were read for them."""
-        began = time.monotonic()
         rules = self._named(constitution)
         centre = await self._centre(constitution, rules)
         payloads = await asyncio.to_thread(fetch_all, groups, self._store, fetch_payload, where=self._judge)
@@ -147,17 +144,10 @@ class JudgeBase(ABC):
             )
             for asked, answered, sign in zip(questions, answers, signs, strict=True)
         ]
-        self._stats["num_verdicts"] += sum(len(row) for row in verdicts)
-        self._stats["num_missing"] += sum(verdict.value is None for row in verdicts for verdict in row)
-        self._stats["seconds"] += time.monotonic() - began
         return [
             (given, sum(said.num_tokens for said in answered))
             for given, answered in zip(verdicts, answers, strict=True)
         ]
-
-    async def stats(self) -> Mapping[str, float]:
-        """Totals since construction."""
-        return dict(self._stats)
 
     def _named(self, name: str) -> Constitution:
         if name not in self._constitutions:
@@ -205,12 +195,10 @@ class JudgeBase(ABC):
                 if key in self._cache:
                     self._cache.move_to_end(key)
                     known[key] = Answer(self._cache[key])
-                    self._stats["num_cached"] += 1
                 else:
                     fresh.setdefault(key, request)
         for key, answer in zip(fresh, await self._ask(list(fresh.values())), strict=True):
             known[key] = answer
-            self._stats["num_tokens"] += answer.num_tokens
             if answer.log_probs is not None and self._keep_answers:
                 self._cache[key] = answer.log_probs
         while len(self._cache) > _MAX_CACHED:
@@ -322,7 +310,3 @@ class JudgeWorker(JudgeBase):
     async def stop(self) -> None:
         """Ends the engine and its processes."""
         await self._engine.stop()
-
-    async def engine_processes(self) -> tuple[int, ...]:
-        """Ids of the engine's processes, for memory accounts and fault drills."""
-        return self._engine.processes

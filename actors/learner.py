@@ -22,7 +22,7 @@ from actors.scorer import ScoreNormaliser
 from actors.settings import LearnerConfig
 from actors.step_totals import StepTotals
 from actors.store import Store, fetch_all
-from actors.training_groups import TokenValues, fetch_group
+from actors.training_groups import fetch_group
 from rlhf.algorithms.build import build_algorithm
 from rlhf.algorithms.config import AlgorithmConfig
 from rlhf.errors import ConfigError, DataError, LearnerError, RolloutsLostError
@@ -34,7 +34,6 @@ from rlhf.objectives.build import build_objective
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.objectives.value import ValueObjective
 from rlhf.types import GroupHandle, TrainGroup
-from rlhf.weights import Bucket
 
 __all__ = ["LearnerWorker", "RankInfo"]
 
@@ -297,11 +296,6 @@ class LearnerWorker:
                     self._engine.forward(self._runner.pack([]).to(self._group.device), self._options())
         return totals.reduced(self._group)
 
-    def log_probs(self, groups: Sequence[GroupHandle], *, reference: bool) -> list[TokenValues]:
-        """Every group's log-probs: under the current weights, or under the reference (adapter off)."""
-        found = self._fetch(groups)
-        return self._runner.reference_log_probs(found) if reference else self._runner.log_probs(found)
-
     def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds what this learner knows before it trains on the groups.
 
@@ -353,12 +347,8 @@ class LearnerWorker:
         """Names of the weights in each bucket, for the buckets that follow; ``dtype`` defaults to the model's own."""
         return self._exporter.plan(bucket_bytes, dtype)
 
-    def export_bucket(self, index: int) -> Bucket | None:
-        """One bucket of the plan on rank 0, None elsewhere."""
-        return self._exporter.bucket(index)
-
     def put_bucket(self, index: int) -> tuple[Any, str, int] | None:
-        """Puts a bucket in the store: its handle, digest and bytes on rank 0, None elsewhere."""
+        """Puts a bucket of the plan in the store: its handle, digest and bytes on rank 0, None elsewhere."""
         bucket = self._exporter.bucket(index)
         return None if bucket is None else (self._store.put(bucket), bucket.digest, int(bucket.data.nbytes))
 

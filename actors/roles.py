@@ -48,7 +48,7 @@ class FleetGenerator:
         began = time.monotonic()
         with _failing_as(EngineError):
             groups: list[GroupHandle] = await self._fleet.scatter_stream(
-                "stream", list(prompts), num_samples, version, None, exact
+                "stream", list(prompts), num_samples, version, exact
             )
         tokens = sum(length for group in groups for length in group.completion_lengths)
         self._meter(self._fleet.role, tokens, time.monotonic() - began)

@@ -12,7 +12,7 @@ def _shared_generation(tiny_model_dir: Path) -> Iterator[object]:
     from tests.actors.vllm.engines import RunningWorker
 
     running = RunningWorker(tiny_model_dir)
-    processes = running.run(running.worker.engine_processes())
+    processes = running.engine.processes
     yield running
     running.stop()
     assert processes and not any(psutil.pid_exists(pid) for pid in processes), "a stopped engine leaves no process"

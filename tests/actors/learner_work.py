@@ -25,7 +25,7 @@ from rlhf.errors import DataError, NonFiniteError, RolloutsLostError, ValueLostE
 from rlhf.models.settings import LoraConfig, ModelConfig
 from rlhf.objectives.config import RankConfig, SupervisedConfig
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, Score, TrainGroup, VersionSpan
-from rlhf.weights import bucket_tensors, verify_bucket
+from rlhf.weights import Bucket, bucket_tensors, verify_bucket
 from tests.rlhf.models.conftest import make_groups
 
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, warmup_steps=3, max_grad_norm=0.5)
@@ -68,11 +68,23 @@ def weights(worker: LearnerWorker, bucket_bytes: int = 20_000) -> dict[str, np.n
     """The whole model on rank 0, through the export; empty elsewhere."""
     found: dict[str, np.ndarray] = {}
     for index in range(len(worker.export_plan(bucket_bytes, "float32"))):
-        bucket = worker.export_bucket(index)
+        bucket = bucket_of(worker, index)
         if bucket is not None:
             verify_bucket(bucket)
             found |= {name: tensor.numpy().copy() for name, tensor in bucket_tensors(bucket).items()}
     return found
+
+
+def bucket_of(worker: LearnerWorker, index: int) -> Bucket | None:
+    """A bucket of the plan on rank 0; a handle of the local store is the object itself."""
+    put = worker.put_bucket(index)
+    return None if put is None else put[0]
+
+
+def log_probs(worker: LearnerWorker, groups: list[GroupHandle], *, reference: bool) -> list[Any]:
+    """Every group's log-probs: under the current weights, or under the reference (adapter off)."""
+    found = worker._fetch(groups)
+    return worker._runner.reference_log_probs(found) if reference else worker._runner.log_probs(found)
 
 
 def share(items: list[Any], info: RankInfo) -> list[Any]:
@@ -172,7 +184,7 @@ def export_checks(info: RankInfo, model: Path, scratch: Path) -> dict[str, Any]:
         folder = scratch / f"export_{name}"
         worker.export(folder)
         plan = worker.export_plan(30_000)
-        buckets = [worker.export_bucket(index) for index in range(len(plan))]
+        buckets = [bucket_of(worker, index) for index in range(len(plan))]
         worker.stop()
         if info.rank == 0:
             sent = {key: value for bucket in buckets for key, value in bucket_tensors(bucket).items()}
@@ -214,10 +226,10 @@ def _grpo_raises_rewarded(info: RankInfo, model: Path, fields: dict[str, Any]) -
     )
     worker.start()
     mine = share(handles, info)
-    before = worker.log_probs(mine, reference=False)
+    before = log_probs(worker, mine, reference=False)
     metrics = [worker.update(mine) for _ in range(4)]
-    after = worker.log_probs(mine, reference=False)
-    reference = worker.log_probs(mine, reference=True)
+    after = log_probs(worker, mine, reference=False)
+    reference = log_probs(worker, mine, reference=True)
     worker.stop()
 
     def gains(sibling: int) -> list[float]:
@@ -253,7 +265,7 @@ def _lost(info: RankInfo, model: Path) -> dict[str, Any]:
     before = weights(worker)
     gone = [replace(handles[0], payload=None), *handles[1:]] if info.rank == info.world_size - 1 else handles
     uids = []
-    for call in (worker.update, lambda groups: worker.log_probs(groups, reference=False)):
+    for call in (worker.update, worker.annotate):
         try:
             call(gone)
         except RolloutsLostError as error:

@@ -70,7 +70,6 @@ def test_a_missing_answer_is_a_missing_verdict_and_score(tmp_path):
     (scores,) = (judgement.scores for judgement in _run(judge, groups, "judge"))
     assert scores[0].components == {"judge": 1.0}
     assert (scores[1].value, scores[1].error) == (None, "it said nothing")
-    assert asyncio.run(judge.stats())["num_missing"] == 2
 
 
 def test_pairwise_scores_are_the_mean_over_pairs(tmp_path):
@@ -146,7 +145,6 @@ def test_tokens_are_those_that_the_judge_read(tmp_path):
     assert [judgement.num_tokens for judgement in _run(judge, groups, "judge")] == [0, read[2]], (
         "what it knew it read not"
     )
-    assert asyncio.run(judge.stats())["num_tokens"] == sum(read) + read[2]
 
 
 def test_the_centre_can_be_the_margin_of_a_text_that_says_nothing(tmp_path):
@@ -206,7 +204,7 @@ def test_label_log_probs_are_those_of_the_model(generation, tmp_path):
     assert judgement.scores[0].value == verdicts[0].value
     questions = build_requests(rules, payload, seed=3)[:2]
     assert judgement.num_tokens == sum(len(tokenizer.encode(question.text)) for question in questions)
-    assert generation.run(judge.stats())["num_cached"] == 0
+    assert not judge._cache, "nothing is kept that a resumed judge would have forgotten"
 
 
 @pytest.mark.engine

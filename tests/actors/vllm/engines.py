@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from actors.generation import GenerationWorker
 from actors.store import LocalStore
 from actors.vllm.config import EngineConfig
+from actors.vllm.engine import VllmEngine
 from actors.vllm.processes import Cores
 from rlhf.sampling import SamplingConfig
 from rlhf.types import GroupHandle, Message, Prompt
@@ -41,6 +42,16 @@ def make_prompts(num_prompts: int = 4) -> list[Prompt]:
         Prompt(f"test/{i}", (Message("user", "x"),), tuple(range(5 + i, 45 + 2 * i)), {"row": str(i)})
         for i in range(num_prompts)
     ]
+
+
+async def draw(
+    worker: GenerationWorker, prompts: Sequence[Prompt], num_samples: int, version: int, *, exact: bool = False
+) -> list[GroupHandle]:
+    return [group async for group in worker.stream(prompts, num_samples, version, exact)]
+
+
+def engine_of(worker: GenerationWorker) -> VllmEngine:
+    return worker._engine
 
 
 def weights_of(model: Path) -> dict[str, torch.Tensor]:
@@ -76,6 +87,10 @@ class RunningWorker:
 
         return self._runner.run(bounded())
 
+    @property
+    def engine(self) -> VllmEngine:
+        return engine_of(self.worker)
+
     def publish(self, buckets: Sequence[Bucket]) -> int:
         async def send() -> None:
             await self.worker.begin_update(version)
@@ -94,7 +109,7 @@ class RunningWorker:
 
     def generate(self, *, version: int | None = None, num_samples: int = 4) -> list[GroupHandle]:
         wanted = self.version if version is None else version
-        return self.run(self.worker.generate(make_prompts(), num_samples, wanted))
+        return self.run(draw(self.worker, make_prompts(), num_samples, wanted))
 
     def stop(self) -> None:
         self.run(self.worker.stop())

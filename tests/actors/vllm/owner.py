@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.actors.vllm.engines import make_worker
+from tests.actors.vllm.engines import engine_of, make_worker
 
 
 async def main() -> None:
     worker = make_worker(Path(sys.argv[1]))
     await worker.start()
-    print("processes", *await worker.engine_processes(), flush=True)
+    print("processes", *engine_of(worker).processes, flush=True)
     time.sleep(600)
 
 

@@ -16,6 +16,7 @@ from rlhf.sampling import SamplingConfig
 from rlhf.weights import make_bucket
 from tests.actors.vllm.engines import (
     RunningWorker,
+    draw,
     make_buckets,
     make_prompts,
     texts_and_bits,
@@ -48,7 +49,7 @@ def test_published_weights_act_bit_for_bit_like_a_fresh_engine_on_the_export(gen
     assert published != old
 
     fresh = RunningWorker(other_model)
-    processes = fresh.run(fresh.worker.engine_processes())
+    processes = fresh.engine.processes
     try:
         assert texts_and_bits(fresh.generate(version=0)) == published
         _check_death(fresh, processes)
@@ -57,7 +58,7 @@ def test_published_weights_act_bit_for_bit_like_a_fresh_engine_on_the_export(gen
     assert processes
     assert not any(psutil.pid_exists(pid) for pid in processes)
     with pytest.raises(EngineError, match="it was stopped"):
-        asyncio.run(fresh.worker.generate(make_prompts(1), 1, 0))
+        asyncio.run(draw(fresh.worker, make_prompts(1), 1, 0))
 
 
 def _check_death(running: RunningWorker, processes: tuple[int, ...]) -> None:
@@ -70,10 +71,10 @@ def _check_death(running: RunningWorker, processes: tuple[int, ...]) -> None:
             psutil.Process(pid).kill()
         with pytest.raises(EngineError, match="its process died"):
             await asyncio.wait_for(drawing, 20)
-        return await running.worker.stats()
 
-    stats = running.run(kill_while_drawing())
-    assert (stats["alive"], stats["version"], stats["in_flight"]) == (0, -1, 0)
+    running.run(kill_while_drawing())
+    engine = running.engine
+    assert (engine.is_alive, engine.version, engine.num_in_flight) == (False, None, 0)
     with pytest.raises(EngineError, match="its process died"):
         running.generate(version=0)
     with pytest.raises(EngineError, match="its process died"):
@@ -115,7 +116,7 @@ def test_a_faulty_update_stops_service_until_a_good_one(generation: RunningWorke
         generation.publish(spoil(make_buckets(weights_of(other_model))))
     with pytest.raises(EngineError, match="serves nothing"):
         generation.generate(version=0)
-    assert generation.run(generation.worker.stats())["version"] == -1
+    assert generation.engine.version is None
     generation.reset()
     assert texts_and_bits(generation.generate(version=0)) == good
 
@@ -154,7 +155,7 @@ def test_an_update_that_is_never_finished_runs_out_of_time(generation: RunningWo
 
     async def half():
         await generation.worker.begin_update(99)
-        waiting = asyncio.create_task(generation.worker.generate(make_prompts(1), 1, 0))
+        waiting = asyncio.create_task(draw(generation.worker, make_prompts(1), 1, 0))
         await asyncio.sleep(0.1)
         assert not waiting.done(), "it waits for the update to end"
         with pytest.raises(EngineError, match="did not finish in 0.5 s"):
@@ -170,7 +171,12 @@ LONG = SamplingConfig(max_tokens=150, ignore_eos=True)
 
 
 async def _draw_long(generation: RunningWorker):
-    return [g async for g in generation.worker.stream(make_prompts(2), 2, 0, LONG)]
+    """Draws by ``LONG`` where the worker's own completions would soon end."""
+    usual, generation.worker._sampling = generation.worker._sampling, LONG
+    try:
+        return await draw(generation.worker, make_prompts(2), 2, 0)
+    finally:
+        generation.worker._sampling = usual
 
 
 async def _until_drawing(generation: RunningWorker) -> None:
@@ -212,9 +218,9 @@ def test_an_aborted_update_fails_what_was_in_flight(generation: RunningWorker):
         await generation.worker.abort_update()
         with pytest.raises(EngineError, match="abort"):
             await drawing
-        return await generation.worker.stats()
+        return generation.engine.num_in_flight
 
-    assert generation.run(abort())["in_flight"] == 0
+    assert generation.run(abort()) == 0
 
 
 def test_defaults_are_usable():
