@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
-from rlhf.runs.files import read_json, write_json
+from rlhf.runs.files import read_json, replacing_folder, unfinished_folder, write_json
 from rlhf.runs.follow import STEPS_KNOWN
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.types import TrainGroup
@@ -216,16 +216,12 @@ class _Session:
     def _export(self) -> None:
         """Puts the trained model into its place, whole or not at all."""
         target = self._job.target
-        partial = target.with_name(f".{target.name}")
-        if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._worker.barrier()
-        self._worker.export(partial)
-        self._worker.barrier()
-        if self._rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+        with contextlib.ExitStack() as stack:
+            if self._rank == 0:
+                stack.enter_context(replacing_folder(target))
+            self._worker.barrier()
+            self._worker.export(unfinished_folder(target))
+            self._worker.barrier()
 
 
 def reward_results(worker: Any, held_out: Sequence[TrainGroup]) -> dict[str, Any]:

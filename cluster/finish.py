@@ -13,7 +13,7 @@ from cluster.context import Policy, latest_policy, read_peak_memory
 from rlhf.evaluation.criteria import check_criteria
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
-from rlhf.runs.files import read_json, share_file
+from rlhf.runs.files import read_json, replacing_folder, share_file
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.report import write_report
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary
@@ -64,11 +64,8 @@ def keep_policy(config: RunConfig, run: RunDirectory) -> None:
     found = latest_policy(config, run, nothing).path
     if found == run.policy:
         return
-    partial = run.policy.with_name(".policy")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(found, partial, copy_function=_share)
-    shutil.rmtree(run.policy, ignore_errors=True)
-    partial.rename(run.policy)
+    with replacing_folder(run.policy) as partial:
+        shutil.copytree(found, partial, copy_function=_share, dirs_exist_ok=True)
 
 
 def _share(source: str, target: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -268,20 +267,16 @@ class _OnlineRun:
         must not find its own result where it began.
         """
         from rlhf.runs import checkpoint
+        from rlhf.runs.files import replacing_folder
 
         steps = self.stage.loop.steps
         best = checkpoint.load_best(self.checkpoints, on_event=self._event) if self.stage.select_best else None
         if best is not None and best.step != steps:
             await self._load(best.path)
         target = self.context.run.root / self.stage.name / "policy"
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(".policy")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        async with self.context.gate.hold("learner"):
-            await self.gang.export(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with replacing_folder(target) as partial:
+            async with self.context.gate.hold("learner"):
+                await self.gang.export(partial)
         version = self.context.policy.version + (best.step if best is not None else steps)
         return {
             "policy": f"{self.stage.name}/policy",

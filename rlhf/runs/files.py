@@ -55,6 +55,48 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def unfinished_folder(path: Path) -> Path:
+    """Where the folder that ``replacing_folder(path)`` makes lies until it is whole; the same for every process."""
+    return path.with_name(TEMPORARY + path.name)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path`` that takes its place when the block ends well.
+
+    Files and folders are flushed before the rename and the parent after it. Two folders cannot change places in one
+    step: a crash between the two renames leaves none at ``path``, and never a part of one.
+
+    Raises:
+        RecordError: The disk is full, or the directory cannot be written.
+    """
+    partial = unfinished_folder(path)
+    aside = path.with_name(f"{TEMPORARY}before-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_crash in (partial, aside):
+            shutil.rmtree(left_by_a_crash, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        yield partial
+        try:
+            for found in (*partial.rglob("*"), partial):
+                fsync_path(found)
+            if path.exists():
+                os.rename(path, aside)
+            os.rename(partial, path)
+            fsync_path(path.parent)
+        except OSError as error:
+            if aside.exists() and not path.exists():
+                os.rename(aside, path)
+            raise unwritable(path, error) from error
+    finally:
+        for unused in (partial, aside):
+            shutil.rmtree(unused, ignore_errors=True)
+
+
 def unwritable(path: Path, error: OSError) -> RecordError:
     """The error for a file that the system did not let us write."""
     return RecordError(

@@ -30,5 +30,5 @@ def test_the_last_complete_stage_gives_the_run_its_policy(tmp_path: Path) -> Non
     for done in (["first"], ["first", "second"], ["first", "second"]):
         keep_policy(*run_with(tmp_path, *done))
         assert (tmp_path / "policy" / "model.safetensors").read_text(encoding="utf-8") == done[-1]
-        assert not (tmp_path / ".policy").exists()
+        assert not list(tmp_path.glob(".*")), "nothing unfinished stays"
     assert (tmp_path / "first" / "policy" / "model.safetensors").read_text(encoding="utf-8") == "first"

@@ -14,7 +14,16 @@ import pytest
 
 from rlhf.errors import RecordError
 from rlhf.runs.events import EventLog, read_events
-from rlhf.runs.files import append_json_line, keep_json_lines, read_json, read_json_lines, write_json, write_text
+from rlhf.runs.files import (
+    append_json_line,
+    keep_json_lines,
+    read_json,
+    read_json_lines,
+    replacing_folder,
+    unfinished_folder,
+    write_json,
+    write_text,
+)
 from rlhf.runs.follow import STEPS_KNOWN, FollowedProgress, NewLines
 from rlhf.runs.memory import RUN_MARK, MemorySampler, pss_bytes, run_processes, total_gib
 from rlhf.runs.metrics import MetricsLogger, read_metrics
@@ -23,6 +32,55 @@ from rlhf.runs.redact import HIDDEN, redact
 from rlhf.runs.timings import Timings
 
 # Files
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model"
+    unfinished_folder(path).mkdir(parents=True)
+    (unfinished_folder(path) / "half").touch()  # left by a crash
+    for text in ("old", "new"):
+        with replacing_folder(path) as partial:
+            assert partial == unfinished_folder(path) and list(partial.iterdir()) == []
+            (partial / "adapter").mkdir()
+            (partial / "adapter" / "weights").write_text(text)
+            assert not path.exists() or (path / "adapter" / "weights").read_text() == "old"
+        assert (path / "adapter" / "weights").read_text() == text
+    with pytest.raises(RuntimeError), replacing_folder(path) as partial:
+        (partial / "weights").touch()
+        raise RuntimeError("the export failed")
+    assert (path / "adapter" / "weights").read_text() == "new"
+    assert os.listdir(path.parent) == ["model"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    path, rename = tmp_path / "model", os.rename
+    path.mkdir()
+    (path / "weights").write_text("old")
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == unfinished_folder(path):
+            raise OSError("no space")
+        rename(source, target)
+
+    monkeypatch.setattr("rlhf.runs.files.os.rename", refuse)
+    with pytest.raises(RecordError, match="no space"), replacing_folder(path) as partial:
+        (partial / "weights").write_text("new")
+    assert (path / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_is_flushed_with_all_that_is_in_it_before_it_takes_its_place(tmp_path: Path, monkeypatch) -> None:
+    path, flushed = tmp_path / "model", []
+
+    def fsync_path(found: Path) -> None:
+        flushed.append((found.name, path.exists()))
+
+    monkeypatch.setattr("rlhf.runs.files.fsync_path", fsync_path)
+    with replacing_folder(path) as partial:
+        (partial / "adapter").mkdir()
+        (partial / "adapter" / "weights").touch()
+    before = {"adapter", "weights", unfinished_folder(path).name}
+    assert {name for name, in_place in flushed if not in_place} == before
+    assert flushed[-1] == (tmp_path.name, True)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
