@@ -131,7 +131,10 @@ class LearnerGang:
         return dict(results[0])
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
-        """Adds the critic's per-token values to each group (PPO)."""
+        """Adds what this learner knows of each group: a critic its values, a policy its log-probs and the reference's.
+
+        See ``LearnerWorker.annotate``; groups are shared out over ranks by tokens and come back in their order.
+        """
         self._require_ranks()
         shares = deal([group.num_tokens for group in groups], len(self.ranks))
         async with self.lock:

@@ -60,13 +60,13 @@ class Judge(Protocol):
 
 
 class Annotator(Protocol):
-    """Adds per-token arrays (reference log-probs, values) to groups; the arrays stay in the object store.
+    """Adds per-token arrays (old and reference log-probs, values) to groups; the arrays stay in the object store.
 
     A call may be repeated; groups that are gone raise ``RolloutsLostError``.
     """
 
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
-        """Returns the groups with one more entry in ``annotations``, in the same order."""
+        """Returns the groups with more entries in ``annotations``, in the same order."""
         ...
 
 

@@ -57,13 +57,15 @@ async def label(
     *,
     version: int,
     progress: Callable[[int], None],
-) -> int:
-    """Labels every prompt and returns the number of missing verdicts among the chunks done now.
+) -> None:
+    """Labels every prompt.
 
     Chunks found complete are left alone, so the same call resumes. ``progress`` is told the prompts of each chunk.
+
+    Raises:
+        MissingFeedbackError: Too many verdicts of a chunk are missing; those before it are on disk.
     """
     size = config.prompts_per_chunk
-    num_missing = 0
     for chunk, start in enumerate(range(0, len(prompts), size)):
         some = prompts[start : start + size]
         if not await roles.recorder.has_chunk(chunk):
@@ -78,17 +80,15 @@ async def label(
                 event=roles.event,
             )
             await rollouts.draw()
-            num_missing += await rollouts.over(functools.partial(_judge_chunk, roles, config, chunk))
+            await rollouts.over(functools.partial(_judge_chunk, roles, config, chunk))
         progress(len(some))
-    return num_missing
 
 
-async def _judge_chunk(roles: LabelRoles, config: LabelConfig, chunk: int, groups: Sequence[GroupHandle]) -> int:
-    """Judges, ranks and writes one chunk; returns its missing verdicts. May be repeated."""
+async def _judge_chunk(roles: LabelRoles, config: LabelConfig, chunk: int, groups: Sequence[GroupHandle]) -> None:
+    """Judges, ranks and writes one chunk. May be repeated."""
     async with roles.gate.hold("judge"):
         judgements = await roles.judge.judge(groups)
     errors = [error for judgement in judgements for error in judgement.errors]
     total = sum(judgement.num_verdicts for judgement in judgements)
     check_missing(errors, total, config.max_missing_fraction, f"verdicts of feedback chunk {chunk}")
     await roles.recorder.record_chunk(chunk, groups, judgements)
-    return len(errors)

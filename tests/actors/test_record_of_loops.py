@@ -95,8 +95,7 @@ def test_feedback_is_ranked_and_written_where_the_verdicts_are(
     with pytest.raises(MissingFeedbackError, match="feedback chunk 1"):  # p2 is all of its chunk
         asyncio.run(label(roles, config, prompts(3), version=0, progress=lambda _: None))
     assert worker.parts("groups", "ask") == ["chunk_0000"]
-    missing = asyncio.run(label(roles, config, prompts(4), version=0, progress=lambda _: None))
-    assert missing == 3
+    asyncio.run(label(roles, config, prompts(4), version=0, progress=lambda _: None))
     assert worker.feedback_counts("ask") == {"num_verdicts": 12, "missing_fraction": 0.25, "num_rankings": 3}
     ranks = {ranking.uid: ranking.ranks for ranking in worker.feedback_rankings("ask")}
     assert ranks["p2"] == (None, None, None)
