@@ -15,8 +15,8 @@ import pytest
 
 from cluster import context as context_module
 from cluster import runner
-from rlhf.runs.directory import RunDirectory
 from rlhf.errors import NonFiniteError, RecordError
+from rlhf.runs.directory import RunDirectory
 from rlhf.runs.events import EventLog, read_events
 from rlhf.runs.summary import total_seconds
 from rlhf.runs.timings import Timings
