@@ -148,7 +148,7 @@ def test_a_stages_own_time_has_its_waits_and_counts_after_a_failure_too(monkeypa
             raise RuntimeError("the second time")
         return {}
 
-    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    monkeypatch.setattr(runner, "_results_of", work)
     asyncio.run(runner._run_stage(context, stage))
     assert timings.totals() == {"one": {"learner": 2.0, "total": 7.0}}
     with pytest.raises(RuntimeError):
@@ -172,7 +172,7 @@ def test_what_ends_a_run_is_in_its_record(error: Exception, tmp_path: Path, monk
     async def work(context: Any, stage: Any) -> dict[str, Any]:
         raise error
 
-    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    monkeypatch.setattr(runner, "_results_of", work)
     stage: Any = SimpleNamespace(name="one", kind="rl")
     with pytest.raises(type(error)):
         asyncio.run(runner._run_stage(context, stage))
@@ -193,7 +193,7 @@ def test_a_record_that_cannot_be_written_does_not_hide_what_ended_the_run(monkey
         raise ZeroDivisionError
 
     context.event = event
-    monkeypatch.setattr(runner, "_runner", lambda stage: work)
+    monkeypatch.setattr(runner, "_results_of", work)
     stage: Any = SimpleNamespace(name="one", kind="rl")
     with pytest.raises(ZeroDivisionError):
         asyncio.run(runner._run_stage(context, stage))
