@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.drills.times import event_after
 from tests.e2e import recipes
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -15,8 +18,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 STEPS, PROMPTS, SAMPLES = 8, 8, 6
 
 
-@pytest.mark.timeout(2400)
-def test_a_run_outlives_its_generation_workers(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.timeout(1800)
+def test_a_run_outlives_its_generation_workers(tmp_path: Path, tiny_model_dir: Path, tell: Callable[..., None]) -> None:
     """Killed once while it draws and once while the learner updates, the one replica is replaced and the run goes on.
 
     Passes if the run ends with 0, every step is trained, each prompt exactly once with all its siblings, the record
@@ -39,16 +42,19 @@ def test_a_run_outlives_its_generation_workers(tmp_path: Path, tiny_model_dir: P
     recipe["roles"]["generation"]["engine"]["max_num_seqs"] = 12
     path = recipes.write_recipe(tmp_path, recipe)
     run = tmp_path / "run"
+    killed: dict[str, float] = {}
 
     with recipes.running(path) as driver:
         recipes.wait_for(driver, lambda: len(recipes.metrics(run)) >= 2, poll_s=0.01)  # behind the publication
         before = recipes.engine_seconds(path)
         recipes.wait_for(driver, lambda: recipes.engine_seconds(path) > before + 0.05, poll_s=0.01)
+        killed["while it draws"] = time.time()
         recipes.kill_worker(path, "ray::GenerationWorker")
         recipes.wait_for(driver, lambda: len(recipes.events(run, "replica_joined")) >= 3)  # rules, first, second
         recipes.wait_for(driver, lambda: len(recipes.metrics(run)) >= 4)
         [learner] = recipes.workers(path, "ray::LearnerWorker")
         recipes.wait_for(driver, lambda: ".update" in " ".join(psutil.Process(learner).cmdline()), poll_s=0.002)
+        killed["while the learner updates"] = time.time()
         recipes.kill_worker(path, "ray::GenerationWorker")
         assert driver.wait(900) == 0, recipes.log_of(path)
     recipes.assert_gone(path)
@@ -60,6 +66,9 @@ def test_a_run_outlives_its_generation_workers(tmp_path: Path, tiny_model_dir: P
     assert {(row["step"], span["version"]) for row in rows for span in row["version_spans"]} == {
         (step, step) for step in range(STEPS)
     }
+    for act, moment in killed.items():
+        lost_s, joined_s = (event_after(run, kind, moment) - moment for kind in ("replica_lost", "replica_joined"))
+        tell(f"the generation worker is killed {act}", detect_s=lost_s, recover_s=joined_s, lost_steps=0)
     lost = recipes.events(run, "replica_lost")
     assert [event["role"] for event in lost] == ["generation", "generation"]
     joined = [event["replica"] for event in recipes.events(run, "replica_joined") if event["role"] == "generation"]
