@@ -231,7 +231,7 @@ def _check_said(run: Path, damaged: int) -> None:
 def _check_complete(run: Path) -> None:
     """Every verdict and every rollout once."""
     uids = [f"p/{i}" for i in range(16)]
-    verdicts = Counter((row["uid"], *row["samples"]) for row in recipes.table(run, "verdicts"))
+    verdicts = Counter((row["uid"], *row["samples"]) for row in recipes.table(run, "verdicts", "feedback.*"))
     assert verdicts.keys() == {(uid, k) for uid in {key[0] for key in verdicts} for k in range(SAMPLES)}
     assert set(verdicts.values()) == {1} and len(verdicts) == len(uids) * SAMPLES
     assert len(recipes.table(run, "rankings")) == len(uids)

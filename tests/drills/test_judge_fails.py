@@ -88,7 +88,7 @@ def test_what_a_judge_does_not_say_is_missing_and_never_a_number(
     assert f"of {PROMPTS * SAMPLES} missing" in stopped and ERROR in stopped
     logged = len(recipes.metrics(run))
     assert 2 <= logged < STEPS
-    verdicts = recipes.table(run, "verdicts")
+    verdicts = recipes.table(run, "verdicts", "feedback.*")
     assert len(verdicts) == 16 * SAMPLES
     _check(verdicts, "value")
     assert 0 < sum(row["value"] is None for row in verdicts) <= 0.1 * len(verdicts)
