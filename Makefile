@@ -34,7 +34,7 @@ test-fast: setup ## tests that start no engine: seconds
 test-all: lint ## everything, the long drills and learning runs included
 	$(PYTEST) --fail-early
 
-drills: setup ## whole runs under faults: workers killed, judge down, signals in every stage; about half an hour
+drills: setup ## whole runs under faults: workers killed, judge down, signals in every stage
 	$(PYTEST) tests/drills
 
 seeds: setup ## the quickstart with three seeds and the null arm, as a table; goes on where it stopped

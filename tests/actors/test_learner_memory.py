@@ -29,7 +29,7 @@ def test_training_with_pauses_is_training(num_ranks: int, tmp_path: Path) -> Non
             assert "weights in host memory" in case["refused"], name
             assert case["nothing"] <= 0.05 * case["whole"], (name, case)
             assert case["nothing"] < case["only weights"] < case["whole"], (name, case)
-            assert 0.99 * case["whole"] < case["again"] < 1.01 * case["whole"], (
+            assert 0.99 * case["whole"] < case["again"] <= case["whole"] + 64, (
                 name,
                 case,
             )  # what was gathered is not again
