@@ -19,19 +19,15 @@ def _arrive(folder: Path) -> tuple[int, int]:
     return rank, len(list(folder.glob(f"rank{rank}-*")))
 
 
-def second_rank_has_bad_data(config: dict[str, Any]) -> None:
-    """Rank 1 finds a fault that is there every time, while rank 0 waits for it in a collective."""
-    rank, _ = _arrive(config["job"].run_dir)
-    dist.barrier()
-    if rank == 1:
-        raise DataError("groups:7", found="a broken row", needed="a whole one", action="Mend the row.")
-    dist.barrier()
+def lost_at_first_and_bad_data_then(config: dict[str, Any]) -> None:
+    """Rank 1 loses its network on the first try, and then finds a fault that is there every time.
 
-
-def lost_the_first_time(config: dict[str, Any]) -> None:
-    """Rank 1 loses its network on the first try."""
+    Rank 0 waits for it in a collective.
+    """
     rank, tries = _arrive(config["job"].run_dir)
     dist.barrier()
     if rank == 1 and tries == 1:
         raise ConnectionResetError("the other side went away")
+    if rank == 1:
+        raise DataError("groups:7", found="a broken row", needed="a whole one", action="Mend the row.")
     dist.barrier()

@@ -49,6 +49,7 @@ class EchoWorker:
         self.version = version
         self.calls: list[str] = []
         self.buckets: list[int] = []
+        self.digest = ""
 
     async def _enter(self, method: str) -> None:
         self.calls.append(method)
@@ -81,7 +82,13 @@ class EchoWorker:
         await self._enter("stop")
 
     async def seen(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "calls": self.calls, "version": self.version, "buckets": self.buckets}
+        return {
+            "pid": os.getpid(),
+            "calls": self.calls,
+            "version": self.version,
+            "buckets": self.buckets,
+            "digest": self.digest,
+        }
 
     async def load(self, version: int) -> int:
         await self._enter("load")
@@ -113,7 +120,7 @@ class EchoWorker:
 
     async def finish_update(self, version: int, digest: str) -> None:
         await self._enter("finish_update")
-        self.version = version
+        self.version, self.digest = version, digest
 
 
 @dataclass
@@ -123,7 +130,6 @@ class EchoFleet:
     faults: Mapping[int, Fault] = field(default_factory=dict)
     limits: FleetLimits = field(default_factory=lambda: FleetLimits(30.0, 20.0, 3))
     size: int = 4
-    worker: type = EchoWorker
 
     def __post_init__(self) -> None:
         resources = Resources(cpus=0.1, threads=1, start_timeout_s=30.0)
@@ -133,7 +139,7 @@ class EchoFleet:
         self.fleet = Fleet("echo", self._spawn, self.placer.retire, self._event, self.limits)
 
     def _spawn(self, index: int) -> Any:
-        return self.placer.spawn(self.worker, {"index": index, "fault": self.faults.get(index)})
+        return self.placer.spawn(EchoWorker, {"index": index, "fault": self.faults.get(index)})
 
     def _event(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))

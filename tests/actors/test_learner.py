@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(1, one_rank_cases, model, tmp_path_factory.mktemp("single"))
+def gangs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[list[dict[str, Any]]]]]:
+    """One rank and, beside it, two; what takes time is how they start."""
+    cases = {1: one_rank_cases, 2: two_rank_cases}
+    with ThreadPoolExecutor(len(cases)) as pool:
+        yield {
+            num_ranks: pool.submit(run_ranks, num_ranks, work, model, tmp_path_factory.mktemp(f"ranks{num_ranks}"))
+            for num_ranks, work in cases.items()
+        }
 
 
 @pytest.fixture(scope="module")
-def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, two_rank_cases, model, tmp_path_factory.mktemp("pair"))
+def single(gangs: dict[int, Future[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    return gangs[1].result()
+
+
+@pytest.fixture(scope="module")
+def pair(gangs: dict[int, Future[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    return gangs[2].result()
 
 
 @pytest.fixture(params=["single", "pair"])

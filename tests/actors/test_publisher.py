@@ -11,44 +11,10 @@ from actors.gang import LearnerGang
 from actors.publisher import BucketPublisher
 from rlhf.errors import LearnerError, RlhfError
 from rlhf.weights import combine_digests
-from tests.actors.fleets import EchoFleet, EchoWorker, Fault, items, workers_of
+from tests.actors.exporting_ranks import DIGESTS, NUM_BUCKETS, ExportingRank
+from tests.actors.fleets import EchoFleet, Fault, items, workers_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
-
-NUM_BUCKETS = 4
-DIGESTS = [f"digest{i}" for i in range(NUM_BUCKETS)]
-
-
-class ExportingRank:
-    """A rank that exports ``NUM_BUCKETS`` buckets; only rank 0 has them."""
-
-    def __init__(self, rank: int, fail_at: int | None = None) -> None:
-        self.rank = rank
-        self.fail_at = fail_at
-        self.log: list[object] = []
-
-    def export_plan(self, bucket_bytes: int) -> list[str]:
-        self.log.append(("plan", bucket_bytes))
-        return ["bucket"] * NUM_BUCKETS
-
-    def put_bucket(self, index: int):
-        import ray
-
-        self.log.append(index)
-        if index == self.fail_at:
-            raise MemoryError("no memory")
-        return (ray.put(index), DIGESTS[index], 100) if self.rank == 0 else None
-
-    def seen(self) -> list[object]:
-        return self.log
-
-
-class Receiver(EchoWorker):
-    """Refuses a wrong end."""
-
-    async def finish_update(self, version: int, digest: str) -> None:
-        assert digest == combine_digests(DIGESTS), "a digest over all buckets in order"
-        await super().finish_update(version, digest)
 
 
 class Publication:
@@ -65,7 +31,11 @@ class Publication:
         )
 
     async def seen(self) -> list[tuple[int, list[int], list[str]]]:
-        return [(s["version"], s["buckets"], s["calls"]) for s in await self.echo.fleet.broadcast("seen")]
+        """Version, buckets and calls of every replica; each was told the digest over all buckets in their order."""
+        found = await self.echo.fleet.broadcast("seen")
+        for replica in found:
+            assert replica["digest"] == (combine_digests(DIGESTS) if "finish_update" in replica["calls"] else "")
+        return [(replica["version"], replica["buckets"], replica["calls"]) for replica in found]
 
 
 def drive(body) -> None:
@@ -82,7 +52,7 @@ UPDATE = ["begin_update", *["receive_bucket"] * NUM_BUCKETS, "finish_update"]
 
 def test_every_replica_gets_all_buckets_in_order_and_serves_the_version() -> None:
     async def body() -> None:
-        async with EchoFleet(worker=Receiver) as echo:
+        async with EchoFleet() as echo:
             await echo.fleet.scale(2)
             publication = Publication(echo)
             metrics = await publication.publisher.publish(4)
@@ -100,7 +70,7 @@ def test_every_replica_gets_all_buckets_in_order_and_serves_the_version() -> Non
 def test_a_replica_that_fails_to_take_the_weights_is_replaced_at_the_new_version(method: str, kind: str) -> None:
     async def body() -> None:
         fault = Fault(method, kind, after=2 if method == "receive_bucket" else 0)
-        async with EchoFleet({0: fault}, worker=Receiver) as echo:
+        async with EchoFleet({0: fault}) as echo:
             await echo.fleet.scale(2)
             publication = Publication(echo)
             await publication.publisher.publish(4)
@@ -115,7 +85,7 @@ def test_a_replica_that_fails_to_take_the_weights_is_replaced_at_the_new_version
 def test_the_only_replica_may_fail_as_long_as_restarts_are_left() -> None:
     async def body() -> None:
         fault = Fault("receive_bucket", "bucket")
-        async with EchoFleet({0: fault}, worker=Receiver) as echo:
+        async with EchoFleet({0: fault}) as echo:
             await echo.fleet.scale(1)
             publication = Publication(echo)
             await publication.publisher.publish(4)
@@ -123,7 +93,7 @@ def test_the_only_replica_may_fail_as_long_as_restarts_are_left() -> None:
             publication.gang.kill()
 
         limits = FleetLimits(30.0, 20.0, max_restarts=1)
-        async with EchoFleet({0: fault, 1: fault}, limits, worker=Receiver) as echo:
+        async with EchoFleet({0: fault, 1: fault}, limits) as echo:
             await echo.fleet.scale(1)
             publication = Publication(echo)
             with pytest.raises(RlhfError, match="wrong digest"):
@@ -135,7 +105,7 @@ def test_the_only_replica_may_fail_as_long_as_restarts_are_left() -> None:
 
 def test_newcomers_and_replacements_start_at_the_published_version() -> None:
     async def body() -> None:
-        async with EchoFleet({0: Fault("answer", "kill")}, worker=Receiver) as echo:
+        async with EchoFleet({0: Fault("answer", "kill")}) as echo:
             await echo.fleet.scale(1)
             publication = Publication(echo, version=3)
             await echo.fleet.scale(2)
@@ -150,7 +120,7 @@ def test_newcomers_and_replacements_start_at_the_published_version() -> None:
 
 def test_scaling_while_publishing_mixes_no_versions_and_strands_no_leaver() -> None:
     async def body() -> None:
-        async with EchoFleet(worker=Receiver) as echo:
+        async with EchoFleet() as echo:
             await echo.fleet.scale(2)
             publication = Publication(echo)
             await publication.publisher.publish(3)  # everyone has started
@@ -178,7 +148,7 @@ def test_scaling_while_publishing_mixes_no_versions_and_strands_no_leaver() -> N
 
 def test_a_learner_that_fails_to_export_ends_the_publication_and_its_gang() -> None:
     async def body() -> None:
-        async with EchoFleet(worker=Receiver) as echo:
+        async with EchoFleet() as echo:
             await echo.fleet.scale(1)
             publication = Publication(echo, fail_at=2)
             with pytest.raises(LearnerError, match="no memory"):

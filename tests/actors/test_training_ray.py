@@ -35,17 +35,13 @@ def tries(folder: Path) -> list[int]:
     return [len(list(folder.glob(f"rank{rank}-*"))) for rank in range(2)]
 
 
-def test_a_ranks_own_error_comes_out_once(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_gang_that_was_lost_starts_again_and_a_ranks_own_error_comes_out_once(
+    tmp_path: Path, ray_cluster: None
+) -> None:
     with pytest.raises(DataError) as caught:
-        fit(failing_ranks.second_rank_has_bad_data, tmp_path)
+        fit(failing_ranks.lost_at_first_and_bad_data_then, tmp_path)
     assert str(caught.value) == "groups:7: found a broken row; needed a whole one. Mend the row."
-    assert tries(tmp_path) == [1, 1]
-    assert read_events(tmp_path / "events.jsonl") == []
-
-
-def test_a_gang_that_was_lost_starts_again(tmp_path: Path, ray_cluster: None) -> None:
-    fit(failing_ranks.lost_the_first_time, tmp_path)
-    assert tries(tmp_path) == [2, 2]
+    assert tries(tmp_path) == [2, 2], "once more for the network, and never for the data"
     [event] = read_events(tmp_path / "events.jsonl")
     assert (event["kind"], event["stage"], event["restarts_left"]) == ("gang_lost", "sft", 3)
     assert "stage sft" in event["error"]
