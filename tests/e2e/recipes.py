@@ -115,16 +115,43 @@ _BEFORE: dict[Path, set[int]] = {}
 
 
 def runtime_processes() -> dict[int, str]:
-    """Ray's and the engines' processes by id: they rename themselves, which hides their environment, but not this."""
+    """Ray's and the engines' processes by id: they rename themselves, which hides their environment, but not this.
+
+    What lives below a process of somebody else's is left out: another run may go on on the same machine.
+    """
     found = {}
+    here = [os.getpid(), *(parent.pid for parent in psutil.Process().parents())]
     for process in psutil.process_iter():
         try:
-            title = " ".join(process.cmdline())
-            if any(part in title for part in RUNTIME) and process.status() != psutil.STATUS_ZOMBIE:
+            title = _title(process)
+            if _is_runtime(title) and process.status() != psutil.STATUS_ZOMBIE and _may_be_ours(process, here):
                 found[process.pid] = title
         except psutil.Error:
             continue
     return found
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def _is_runtime(title: str) -> bool:
+    return any(part in title for part in RUNTIME)
+
+
+def _may_be_ours(process: psutil.Process, here: list[int]) -> bool:
+    """Whether a process descends from this one, or from none that lives.
+
+    Orphans go to an ancestor of this process, such as the system's first one.
+
+    Args:
+        process: One of Ray's or an engine's.
+        here: Ids of this process and its ancestors.
+    """
+    above = process.parents()
+    if here[0] in [parent.pid for parent in above]:
+        return True
+    return all(parent.pid in here or _is_runtime(_title(parent)) for parent in above)
 
 
 def run(recipe: Path, *arguments: str, timeout_s: float = 1200.0, log: Path | None = None) -> int:
@@ -151,6 +178,11 @@ def wait_for(
         assert driver.poll() is None, f"the driver ended with {driver.returncode} before it could be stopped"
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(poll_s)
+
+
+def wait_for_cluster(driver: subprocess.Popen[str], run_dir: Path) -> None:
+    """Returns once the driver's Ray is up, which Ray wants within a time of its own: no two are started at once."""
+    wait_for(driver, lambda: has_event(run_dir, "stage_started"))
 
 
 def kill_when(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -41,9 +40,7 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     steps = recipes.metrics(run)
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all("critic/value_loss" in line and "learner/kl" in line for line in steps)
-    rows = [
-        row for file in sorted((run / "rollouts").glob("rl.step_*.parquet")) for row in pq.read_table(file).to_pylist()
-    ]
+    rows = recipes.table(run, "rollouts", "rl.step_*")
     uids = [row["uid"] for row in rows]
     assert len(rows) == 3 * 8 * 2
     assert all(uids.count(uid) == 2 for uid in uids), "every prompt once an epoch, two siblings each"
@@ -57,6 +54,10 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
         assert measured <= summary["eval"][arm].keys()
         assert not {"follows_request", "judge_margin", "on_topic"} & summary["eval"][arm].keys()
     assert summary["eval"]["num_prompts"] == 16
+    assert summary["eval"]["before"]["kl_per_token"]["mean"] == pytest.approx(0.0, abs=1e-4), "in fp32"
+    assert summary["eval"]["after"]["kl_per_token"]["mean"] > 0.0
+    completions = recipes.table(run, "eval")
+    assert len(completions) == 16 and all(row["before"] is not None and row["after"] is not None for row in completions)
     assert (summary["eval"]["win_rate"], summary["eval"]["slices"], summary["eval"]["missing"]) == (None, {}, {})
     told = " ".join(summary["notes"])
     assert all(name in told for name in ("follows_request", "win_rate", "slices", "on_topic"))

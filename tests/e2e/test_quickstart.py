@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from tests.e2e import recipes
 
 QUICKSTART = recipes.ROOT / "configs" / "quickstart.yaml"
 DOCUMENT = recipes.ROOT / "docs" / "run_directory.md"
-NUM_PROMPTS, NUM_SAMPLES, NUM_STEPS, NUM_HELD_OUT = 24, 4, 2, 8
+NUM_PROMPTS, NUM_STEPS, PROMPTS_PER_STEP, NUM_VALIDATED, NUM_HELD_OUT = 24, 2, 4, 4, 8
+NUM_SAMPLES, NUM_GRADED, BEST_OF = 4, 2, 4
+"""The recipe's own: siblings in feedback and reinforcement learning, and in the evaluation's arms and baseline."""
 SHORTER = (
     f"stages.0.num_prompts={NUM_PROMPTS}",
     "stages.0.loop.prompts_per_chunk=12",
@@ -28,10 +31,10 @@ SHORTER = (
     "stages.2.loop.epochs=1",
     "stages.2.loop.groups_per_step=8",
     f"stages.3.loop.steps={NUM_STEPS}",
-    "stages.3.loop.prompts_per_step=4",
+    f"stages.3.loop.prompts_per_step={PROMPTS_PER_STEP}",
     "stages.3.loop.evaluate_every=2",
     "stages.3.loop.checkpoint_every=2",
-    "stages.3.validation_prompts=4",
+    f"stages.3.validation_prompts={NUM_VALIDATED}",
     f"data.evaluation.limit={NUM_HELD_OUT}",
 )
 
@@ -69,6 +72,7 @@ def test_the_quickstart_leaves_what_the_documents_promise(tmp_path: Path) -> Non
         assert recipes.run(QUICKSTART, *SHORTER, f"run_dir={run}", log=log) == 0, log.read_text(encoding="utf-8")
         said = log.read_text(encoding="utf-8")
         assert_as_documented(run)
+        assert_everything_is_kept(run)
         assert_every_stage_did_its_part(run)
         assert_models_load(run)
     finally:
@@ -104,20 +108,39 @@ def assert_as_documented(run: Path) -> None:
     assert any("judges its own kind" in note for note in found["notes"])
 
 
+def assert_everything_is_kept(run: Path) -> None:
+    """Every sample with its score, every verdict with its reason, in every stage that draws or judges."""
+    rollouts, verdicts = recipes.table(run, "rollouts"), recipes.table(run, "verdicts")
+    parts = Counter((row["stage"], row["part"].partition("_")[0]) for row in rollouts)
+    assert parts == {
+        ("feedback", "chunk"): NUM_PROMPTS * NUM_SAMPLES,
+        ("rl", "step"): NUM_STEPS * PROMPTS_PER_STEP * NUM_SAMPLES,
+        ("rl", "validation"): NUM_VALIDATED,
+    }
+    assert all(row["score"] is not None for row in rollouts)
+    judged = Counter((row["stage"], row["part"].partition("_")[0]) for row in verdicts)
+    drawn = {"before": NUM_HELD_OUT * BEST_OF, "after": NUM_HELD_OUT * NUM_GRADED}
+    assert judged == {**parts, **{("evaluate", arm): count for arm, count in drawn.items()}}
+    assert all("log p(" in row["reason"] and row["judge"] and row["texts"] for row in verdicts)
+    samples = pq.read_table(run / "eval" / "evaluate" / "samples.parquet").to_pylist()
+    assert Counter(row["arm"] for row in samples) == drawn
+    assert all(row["reward_model"] is not None for row in samples)
+    best: dict[str, float] = {}
+    for row in samples:
+        if row["arm"] == "before":
+            best[row["uid"]] = max(row["reward_model"], best.get(row["uid"], row["reward_model"]))
+    assert {row["uid"]: row["reward_model"] for row in samples if row["best_of_n"]} == best
+
+
 def assert_every_stage_did_its_part(run: Path) -> None:
-    """Judge, reward model, supervised start, reinforcement learning and evaluation have each left their rows."""
-    assert len(recipes.table(run, "rollouts", "feedback.*")) == NUM_PROMPTS * NUM_SAMPLES
-    learned = recipes.table(run, "rollouts", "rl.step_*")
-    assert len(learned) == NUM_STEPS * 4 * NUM_SAMPLES and all(row["score"] is not None for row in learned)
-    verdicts = recipes.table(run, "verdicts", "feedback.*")
-    assert len(verdicts) == NUM_PROMPTS * NUM_SAMPLES and all(row["judge"] and row["texts"] for row in verdicts)
+    """Judge, reward model, supervised start, reinforcement learning and evaluation have each left their results."""
     assert len(recipes.table(run, "rankings")) == NUM_PROMPTS
     steps = recipes.metrics(run)
     assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
     assert all({"rollout/score/judge", "rollout/score/reward_model", "learner/kl"} <= line.keys() for line in steps)
     assert recipes.metrics(run, "reward") and recipes.metrics(run, "sft")
     rows = pq.read_table(run / "eval" / "completions.parquet").to_pylist()
-    assert len(rows) == NUM_HELD_OUT * 2
+    assert len(rows) == NUM_HELD_OUT * NUM_GRADED
     for row in rows:
         assert row["request"] in ("enthusiastic", "scathing") and row["subject"] in row["prompt"]
         assert all(row[arm] and 0 < row[f"{arm}_num_tokens"] <= 40 for arm in ("before", "after"))

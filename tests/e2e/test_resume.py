@@ -1,22 +1,30 @@
-"""A synchronous fp32 run repeats bit for bit, also when its driver or its learner is killed or stopped in between."""
+"""A synchronous fp32 run repeats bit for bit, also when its driver or its learner is killed or stopped in between.
+
+Two runs of one recipe go on side by side. Where one is disturbed the other has not been yet: what the second one does
+before its signal is what an undisturbed run does, and the first one is killed twice before that.
+"""
 
 from __future__ import annotations
 
-import shutil
+import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e import recipes
 
-STEPS = 40
+STEPS, CHECKPOINT_EVERY = 20, 5
+DRIVER_KILLED, LEARNER_KILLED, STOPPED = 6, 11, 14
 
 
-@pytest.mark.engine
-@pytest.mark.timeout(1500)
-def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir: Path) -> None:
-    recipes.write_data(tmp_path)
+def write_recipe(folder: Path, model: Path) -> Path:
+    """The recipe of both runs; one thread a role, so that each run has a core of its own where there are two."""
+    folder.mkdir()
+    recipes.write_data(folder)
     stages = [
         {
             "kind": "rl",
@@ -29,39 +37,89 @@ def test_killed_and_resumed_run_has_the_same_bits(tmp_path: Path, tiny_model_dir
                 "steps": STEPS,
                 "prompts_per_step": 4,
                 "num_samples": 2,
-                "checkpoint_every": 10,
-                "evaluate_every": 20,
+                "checkpoint_every": CHECKPOINT_EVERY,
+                "evaluate_every": 10,
             },
         }
     ]
-    recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, stages))
-    run = tmp_path / "run"
-    assert recipes.run(recipe) == 0, recipes.log_of(recipe)
-    whole = recipes.metrics(run)
-    assert len(whole) == STEPS
-    validated = recipes.metrics(run, "rl-validation")
-    assert [line["step"] for line in validated] == [20, 40]
-    shutil.move(run, tmp_path / "whole")
+    recipe = recipes.base(folder, model, stages)
+    for role in recipe["roles"].values():
+        role["resources"]["threads"] = 1
+    return recipes.write_recipe(folder, recipe)
 
-    def steps_done(count: int) -> bool:
-        return len(recipes.metrics(run)) >= count
 
-    driver = recipes.start(recipe)
-    code = recipes.kill_when(driver, lambda: steps_done(12), sign=signal.SIGKILL)
-    assert code == -signal.SIGKILL
+def steps_done(recipe: Path) -> int:
+    return len(recipes.metrics(recipe.parent / "run"))
+
+
+def kill_learner_of(driver: int) -> None:
+    """Sends SIGKILL to the learner below one driver; the other run has one too."""
+    found = [child for child in psutil.Process(driver).children(recursive=True) if _is_learner(child)]
+    assert found, "no learner below the driver"
+    for process in found:
+        process.kill()
+
+
+def _is_learner(process: psutil.Process) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith("ray::LearnerWorker")
+    except psutil.Error:
+        return False
+
+
+def killed_twice(recipe: Path) -> None:
+    """Its driver is killed, then the learner of the run that goes on; that one is done in the end."""
+    run = recipe.parent / "run"
+    with recipes.running(recipe) as driver:
+        code = recipes.kill_when(driver, lambda: steps_done(recipe) >= DRIVER_KILLED, sign=signal.SIGKILL)
+        assert code == -signal.SIGKILL
     assert not (run / "stages" / "rl.json").exists()
+    with recipes.running(recipe) as driver:
+        recipes.wait_for(driver, lambda: recipes.has_event(run, "stage_resumed"))
+        recipes.wait_for(driver, lambda: steps_done(recipe) >= LEARNER_KILLED)
+        kill_learner_of(driver.pid)
+        assert driver.wait(900) == 0, recipes.log_of(recipe)
 
-    driver = recipes.start(recipe)  # goes on behind step 10
-    recipes.wait_for(driver, lambda: steps_done(24))
-    recipes.kill_worker(recipe, "ray::LearnerWorker")  # the gang starts again behind step 20
-    recipes.wait_for(driver, lambda: "gang_lost" in (run / "events.jsonl").read_text())
-    code = recipes.kill_when(driver, lambda: steps_done(28), sign=signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, recipes.log_of(recipe)
 
-    assert recipes.run(recipe) == 0, recipes.log_of(recipe)
-    assert recipes.metrics(run) == whole
-    assert recipes.metrics(run, "rl-validation") == validated, "on the scale of the first one, which a resume keeps"
-    names = [file.name for file in sorted((tmp_path / "whole" / "policy").glob("*.safetensors"))]
+def stopped(recipe: Path) -> None:
+    """It is told to stop, and is done when it is run again."""
+    with recipes.running(recipe) as driver:
+        recipes.wait_for(driver, lambda: steps_done(recipe) >= STOPPED)
+        os.kill(driver.pid, signal.SIGTERM)
+        assert driver.wait(300) == 128 + signal.SIGTERM, recipes.log_of(recipe)
+    with recipes.running(recipe) as driver:
+        assert driver.wait(900) == 0, recipes.log_of(recipe)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1500)
+def test_killed_and_stopped_runs_have_the_same_bits(tmp_path: Path, tiny_model_dir: Path) -> None:
+    first, second = (write_recipe(tmp_path / name, tiny_model_dir) for name in ("killed", "stopped"))
+    with ThreadPoolExecutor(2) as pool:
+        lives = [pool.submit(killed_twice, first)]
+        while not recipes.has_event(first.parent / "run", "stage_started") and not lives[0].done():
+            time.sleep(0.1)  # Ray has to start within a time of its own, so one cluster starts after the other
+        lives.append(pool.submit(stopped, second))
+        for life in lives:
+            life.result()
+    recipes.assert_gone(first)
+    killed, whole = first.parent / "run", second.parent / "run"
+
+    driver_s, learner_s = (event["step"] for event in recipes.events(killed, "stage_resumed"))
+    assert CHECKPOINT_EVERY <= driver_s < learner_s, "each went on behind the newest checkpoint"
+    assert len(recipes.events(killed, "gang_lost")) == 1
+    [told] = recipes.events(whole, "stopped")
+    assert told["signal"] == "SIGTERM"
+    [resumed] = recipes.events(whole, "stage_resumed")
+    assert STOPPED <= resumed["step"] < STEPS, "it saved the step that it was at"
+    assert recipes.events(whole, "gang_lost") == []
+
+    assert [line["step"] for line in recipes.metrics(whole)] == list(range(1, STEPS + 1))
+    assert recipes.metrics(killed) == recipes.metrics(whole)
+    validated = recipes.metrics(whole, "rl-validation")
+    assert [line["step"] for line in validated] == [10, 20]
+    assert recipes.metrics(killed, "rl-validation") == validated, "on the scale of the first one, which a resume keeps"
+    names = [file.name for file in sorted((whole / "policy").glob("*.safetensors"))]
     assert names
     for name in names:
-        assert (run / "policy" / name).read_bytes() == (tmp_path / "whole" / "policy" / name).read_bytes()
+        assert (killed / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()

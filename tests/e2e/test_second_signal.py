@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from tests.e2e import recipes
 
 FOREVER = 10**6
+BUSY = {"sft": "ray::RayTrainWorker", "rl": "ray::LearnerWorker.update"}
+"""Title of the worker that does a stage's first step, by kind of stage."""
 
 
 def stage(kind: str) -> dict[str, Any]:
@@ -44,31 +47,39 @@ def titles_below(pid: int) -> list[str]:
     return titles
 
 
+def write_recipe(folder: Path, model: Path, kind: str) -> Path:
+    folder.mkdir()
+    recipes.write_data(folder)
+    rows = [{"instruction": "Write a review.", "output": f"I loved it {i}."} for i in range(8000)]
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return recipes.write_recipe(folder, recipes.base(folder, model, [stage(kind)]))
+
+
+def signal_twice(driver: subprocess.Popen[str], kind: str, run: Path) -> int:
+    """Sends the second signal once the first one was taken note of, in the middle of a step; returns the exit code."""
+    recipes.wait_for(driver, lambda: any(title.startswith(BUSY[kind]) for title in titles_below(driver.pid)), 600.0)
+    os.kill(driver.pid, signal.SIGTERM)
+    recipes.wait_for(driver, lambda: (run / "control" / "stop").exists())
+    os.kill(driver.pid, signal.SIGTERM)
+    return driver.wait(120)
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("kind", "busy"), [("sft", "ray::RayTrainWorker"), ("rl", "ray::LearnerWorker.update")])
-def test_a_second_signal_does_not_wait_for_the_step(kind: str, busy: str, tmp_path: Path, tiny_model_dir: Path) -> None:
-    recipes.write_data(tmp_path)
-    rows = [{"instruction": "Write a review.", "output": f"I loved it {i}."} for i in range(8000)]
-    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, [stage(kind)]))
-    run = tmp_path / "run"
-    driver = recipes.start(recipe)
-    try:
-        recipes.wait_for(driver, lambda: any(title.startswith(busy) for title in titles_below(driver.pid)), 600.0)
-        os.kill(driver.pid, signal.SIGTERM)
-        recipes.wait_for(driver, lambda: (run / "control" / "stop").exists())  # the first one was taken note of
-        os.kill(driver.pid, signal.SIGTERM)
-        assert driver.wait(120) == 128 + signal.SIGTERM, recipes.log_of(recipe)
-    finally:
-        driver.kill()
-        recipes.assert_gone(recipe)
-    assert recipes.metrics(run, kind) == [], "the step was not waited for"
-    assert not (run / "stages" / f"{kind}.json").exists()
-    [stopped] = [
-        event
-        for line in (run / "events.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["kind"] == "stopped"
-    ]
-    assert stopped["signal"] == "SIGTERM"
-    assert "Traceback" not in recipes.log_of(recipe)
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path: Path, tiny_model_dir: Path) -> None:
+    found = {kind: write_recipe(tmp_path / kind, tiny_model_dir, kind) for kind in BUSY}
+    with contextlib.ExitStack() as stack:  # side by side: what takes time is how both of them start
+        drivers = {}
+        for kind, recipe in found.items():
+            drivers[kind] = stack.enter_context(recipes.running(recipe))
+            recipes.wait_for_cluster(drivers[kind], recipe.parent / "run")
+        codes = {kind: signal_twice(drivers[kind], kind, recipe.parent / "run") for kind, recipe in found.items()}
+    recipes.assert_gone(found["sft"])
+    for kind, recipe in found.items():
+        run, log = recipe.parent / "run", recipes.log_of(recipe)
+        assert codes[kind] == 128 + signal.SIGTERM, log
+        assert recipes.metrics(run, kind) == [], "the step was not waited for"
+        assert not (run / "stages" / f"{kind}.json").exists()
+        [stopped] = recipes.events(run, "stopped")
+        assert stopped["signal"] == "SIGTERM"
+        assert "Traceback" not in log
