@@ -50,7 +50,9 @@ class EvaluatorWorker:
     def stop(self) -> None:
         """Nothing to give back."""
 
-    def evaluate(self, stage: str, arms: Arms, num_samples: int, instruments: Instruments) -> dict[str, Any]:
+    def evaluate(
+        self, stage: str, arms: Arms, num_samples: int, best_of: int, instruments: Instruments
+    ) -> dict[str, Any]:
         """Writes the tables and returns ``EvalSummary`` as plain JSON.
 
         ``eval/STAGE/completions.parquet`` has the arms, ``eval/STAGE/samples.parquet`` every completion that was drawn,
@@ -58,9 +60,10 @@ class EvaluatorWorker:
 
         Args:
             stage: Names the tables.
-            arms: ``before`` may have more siblings than ``num_samples``: the first ones are the arm itself, and the
-                best of all of them by the reward model is the arm ``best_of_n``.
+            arms: ``before`` may have more siblings than ``num_samples``; the first ones are the arm itself.
             num_samples: Completions per prompt in an arm.
+            best_of: The best of so many of the start's completions by the reward model are the arm ``best_of_n``; 0
+                leaves it out.
             instruments: What is measured.
         """
         rows: list[EvalCompletion] = []
@@ -70,7 +73,7 @@ class EvaluatorWorker:
             self._write_verdicts(stage, arm, groups, payloads)
             for handle, group in zip(groups, payloads, strict=True):
                 siblings = self._rows(arm, handle, group, instruments)
-                best = _best(siblings) if len(siblings) > num_samples else None
+                best = _best(siblings[:best_of]) if arm == "before" else None
                 rows += siblings[:num_samples]
                 if best is not None:
                     rows.append(dataclasses.replace(best, arm="best_of_n", sample=0))

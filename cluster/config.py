@@ -219,8 +219,8 @@ def _check_stage(config: RunConfig, stage: Stage) -> None:
             raise ValueError(f"stage {stage.name}: {needed}")
         if greedy:
             raise ValueError(f"stage {stage.name}: sampling.temperature above 0, as a policy at 0 explores nothing")
-        if config.sampling.top_p < 1 or config.sampling.top_k:
-            needed = "sampling.top_p 1 and top_k 0, as the learner's log-probs are of the whole distribution"
+        if config.sampling.top_p < 1 or config.sampling.top_k or config.sampling.min_tokens:
+            needed = "sampling.top_p 1, top_k 0 and min_tokens 0, as the learner's log-probs are of all tokens"
             raise ValueError(f"stage {stage.name}: {needed}")
     if isinstance(stage, EvaluateStage):
         needs = {f"data.{stage.split}": getattr(config.data, stage.split) is None}

@@ -15,7 +15,7 @@ class SamplingConfig(StrictModel):
     max_tokens: int = Field(default=64, ge=1)
     """Longest completion, in tokens, end-of-text included."""
     min_tokens: int = Field(default=0, ge=0)
-    """End-of-text cannot be drawn before this many tokens."""
+    """End-of-text cannot be drawn before this many tokens. The note on ``top_p`` holds here too."""
     temperature: float = Field(default=1.0, ge=0.0)
     """Divides the logits; 0 takes the most likely token. Reported log-probs are those at this temperature (at 1 where
     it is 0)."""

@@ -48,8 +48,8 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
         has_reward_model=(context.run.reward_model / "config.json").is_file(),
         where=f"stage {stage.name}",
     )
-    drawn = max(stage.num_samples, stage.best_of) if "reward_model" in instruments else stage.num_samples
-    arms = {"before": (context.start, drawn), "after": (context.policy, stage.num_samples)}
+    best_of = stage.best_of if "reward_model" in instruments else 0
+    arms = {"before": (context.start, max(stage.num_samples, best_of)), "after": (context.policy, stage.num_samples)}
     sampled: dict[str, list[GroupHandle]] = {}
     measured: dict[str, list[GroupHandle]] = {}
     num_completions = len(prompts) * sum(num_samples for _, num_samples in arms.values())
@@ -62,7 +62,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
             bar.advance(len(prompts) * num_samples)
     worker = await evaluator(context, stage.report_card)
     async with context.timed_gate(stage.name).hold("evaluator"):
-        [report] = await worker.broadcast("evaluate", stage.name, measured, stage.num_samples, instruments)
+        [report] = await worker.broadcast("evaluate", stage.name, measured, stage.num_samples, best_of, instruments)
     _show(context, stage)
     return {"eval": report, "notes": instruments.notes()}
 

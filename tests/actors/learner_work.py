@@ -201,6 +201,21 @@ def export_checks(info: RankInfo, model: Path, scratch: Path) -> dict[str, Any]:
     return results
 
 
+def learned_with_adapter(info: RankInfo, model: Path, folder: Path) -> list[Bucket]:
+    """Two updates of an adapter in bf16; writes the export to ``folder`` and returns the buckets of a publication."""
+    fields: dict[str, Any] = {"dtype": "bfloat16", "adapter": LoraConfig(rank=2)}
+    worker = LearnerWorker(
+        learner_config(model, **fields), LocalStore(), info, objective=SupervisedConfig(), total_steps=10
+    )
+    worker.start()
+    for _ in range(2):
+        worker.train_step(make_groups(4, 2))
+    worker.export(folder)
+    buckets = [bucket_of(worker, index) for index in range(len(worker.export_plan(30_000)))]
+    worker.stop()
+    return [bucket for bucket in buckets if bucket is not None]
+
+
 def online_cases(info: RankInfo, model: Path, scratch: Path) -> dict[str, Any]:
     """GRPO and PPO end to end on made-up rollouts."""
     return {

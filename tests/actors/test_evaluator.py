@@ -62,7 +62,7 @@ def test_completions_are_measured_written_and_graded(tmp_path: Path) -> None:
         "before": [group("p/0", [PRAISE, PRAISE, SCORN], fields, margins)],
         "after": [group("p/0", [SCORN, SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}] * 2)],
     }
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 2, ALL)
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 2, 3, ALL)
     rows = from_wide(read_table(tmp_path / "eval" / "final" / "completions.parquet"))
     assert grade(rows, CARD).model_dump(mode="json") == report, "the table holds all that the summary is made of"
     assert report["num_completions"] == {"before": 2, "after": 2, "best_of_n": 1}
@@ -81,7 +81,7 @@ def test_every_sample_drawn_and_every_verdict_on_it_is_kept(tmp_path: Path) -> N
     said = tuple(Verdict("p/0", (k,), float(k), f"said {k}", "judge") for k in range(4))
     before = dataclasses.replace(before, scores=tuple(dataclasses.replace(s, evidence=(said,)) for s in before.scores))
     after = dataclasses.replace(group("p/0", [SCORN], {}, [{"reward_model": 0.5}]), weight_versions=(7, 7))
-    EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", {"before": [before], "after": [after]}, 1, NONE)
+    EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", {"before": [before], "after": [after]}, 1, 4, NONE)
     rows = read_table(tmp_path / "eval" / "final" / "samples.parquet")
     assert [(row["arm"], row["sample"], row["text"]) for row in rows] == [
         ("before", 0, PRAISE),
@@ -101,13 +101,22 @@ def test_every_sample_drawn_and_every_verdict_on_it_is_kept(tmp_path: Path) -> N
     assert not (tmp_path / "verdicts" / "final.after.parquet").exists(), "no judge was asked there"
 
 
+@pytest.mark.parametrize(("best_of", "best"), [(2, 0.2), (3, 0.9), (0, None)])
+def test_the_best_may_be_of_fewer_than_an_arm_has(best_of: int, best: float | None, tmp_path: Path) -> None:
+    scores = [{"reward_model": value} for value in (0.1, 0.2, 0.9)]
+    arms = {arm: [group("p/0", [PRAISE] * 3, {}, scores)] for arm in ("before", "after")}
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 3, best_of, NONE)
+    assert report["num_completions"] == {"before": 3, "after": 3, "best_of_n": 1 if best_of else 0}
+    assert report["best_of_n"].get("reward_model", {"mean": None})["mean"] == best
+
+
 def test_a_measure_that_could_not_be_had_is_missing_and_no_number(tmp_path: Path) -> None:
     fields = {"request": "scathing"}
     arms = {
         "before": [group("p/0", [PRAISE], fields, [{"reward_model": 0.1}])],
         "after": [group("p/0", [SCORN], fields, [{"judge_margin": 2.0, "reward_model": 0.5}])],
     }
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, ALL)
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, 0, ALL)
     assert report["missing"] == {"before.judge_margin": 1}
     assert "judge_margin" not in report["before"] and report["win_rate"] is None
 
@@ -120,12 +129,12 @@ def test_bare_prompts_are_measured_without_the_independent_scorer(
 
     monkeypatch.setattr(actors.evaluator, "VaderScorer", absent)
     arms = {"before": [group("p/0", [PRAISE], {})], "after": [group("p/0", [SCORN], {})]}
-    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, NONE)
+    report = EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, 0, NONE)
     assert {"kl_per_token", "nll_start", "length", "distinct_2"} <= set(report["after"])
     assert not {"follows_request", "judge_margin", "reward_model", "on_topic"} & set(report["after"])
     assert report["slices"] == {} and report["missing"] == {} and report["best_of_n"] == {}
     with pytest.raises(ConfigError, match="vaderSentiment"):
-        EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, ALL)
+        EvaluatorWorker(tmp_path, LocalStore(), CARD).evaluate("final", arms, 1, 0, ALL)
 
 
 def test_agreement_counts_ranked_pairs_in_the_direction_of_the_request(tmp_path: Path) -> None:

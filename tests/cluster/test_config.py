@@ -83,8 +83,9 @@ def test_recipes_that_work_pass(stages: list[dict[str, Any]]) -> None:
         (recipe(rl(learner={"model": {"path": "m"}})), "stage rl: no learner.model.path"),
         (recipe(rl(), sampling={"temperature": 0.0}), "stage rl: sampling.temperature above 0"),
         (recipe(JUDGED, sampling={"temperature": 0.0}), "stage feedback: sampling.temperature above 0"),
-        (recipe(rl(), sampling={"top_p": 0.9}), "stage rl: sampling.top_p 1 and top_k 0"),
-        (recipe(rl(), sampling={"top_k": 20}), "stage rl: sampling.top_p 1 and top_k 0"),
+        (recipe(rl(), sampling={"top_p": 0.9}), "stage rl: sampling.top_p 1, top_k 0 and min_tokens 0"),
+        (recipe(rl(), sampling={"min_tokens": 2}), "stage rl: sampling.top_p 1, top_k 0 and min_tokens 0"),
+        (recipe(rl(), sampling={"top_k": 20}), "stage rl: sampling.top_p 1, top_k 0 and min_tokens 0"),
         (recipe(rl({"evaluate_every": 1}), data={"validation": None}), "data.validation"),
         (recipe(rl(rewards=[{"source": "judge"}]), constitutions={"training": None}), "constitutions.training"),
         (recipe(JUDGED, constitutions={"training": None}), "stage feedback needs constitutions.training"),
@@ -125,7 +126,7 @@ def test_the_evaluation_has_a_judge_where_it_has_a_constitution() -> None:
     assert roles_of(config, config.stages[0]) == {"recorder", "generation", "reference", "evaluator"}
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}], ids=str)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"min_tokens": 2}], ids=str)
 def test_what_an_rl_stage_cannot_learn_from_may_be_evaluated(sampling: dict[str, float]) -> None:
     config = validate(RunConfig, recipe({"kind": "evaluate"}, sampling=sampling), "test")
     assert config.sampling.model_dump().items() >= sampling.items()

@@ -30,7 +30,7 @@ MARKS = (RUN_MARK, CLUSTER_MARK)
 
 
 def write_data(folder: Path, num_prompts: int = 16) -> None:
-    """Prompts and people's preferences about them."""
+    """Prompts, and what people said: pairs and ranked lists with a tie, in turn."""
     requests = ["enthusiastic", "scathing"]
     rows = [
         {
@@ -42,10 +42,13 @@ def write_data(folder: Path, num_prompts: int = 16) -> None:
         for i in range(num_prompts)
     ]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    pairs = [
-        {"prompt": row["prompt"], "chosen": f"I loved it {i}.", "rejected": "Awful."} for i, row in enumerate(rows)
+    said = [
+        {"prompt": row["prompt"], "chosen": f"I loved it {i}.", "rejected": "Awful."}
+        if i % 2
+        else {"prompt": row["prompt"], "completions": [f"I loved it {i}.", ["Dull.", "Nothing new."], "Awful."]}
+        for i, row in enumerate(rows)
     ]
-    (folder / "people.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs), encoding="utf-8")
+    (folder / "people.jsonl").write_text("\n".join(json.dumps(row) for row in said), encoding="utf-8")
 
 
 def base(folder: Path, model: Path, stages: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a file of people's preferences to PPO and its evaluation, on real engines: there is no judge anywhere."""
+"""From a file of people's rankings to PPO with an adapter and its evaluation, on real engines, without a judge."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     bare = [{"prompt": row["prompt"]} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, bare)), encoding="utf-8")
+    adapted = recipes.learner()
+    adapted["model"] |= {"adapter": {"rank": 4}}
     stages = [
         {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}},
         {"kind": "reward", "learner": recipes.learner(), "loop": {"epochs": 4, "groups_per_step": 8}},
         {
             "kind": "rl",
-            "learner": recipes.learner(),
+            "learner": adapted,
             "critic": recipes.learner(),
             "algorithm": {"name": "ppo", "num_mini_batches": 2, "reward_kl": {"coefficient": 0.05}},
             "rewards": [{"source": "reward_model"}],
@@ -37,6 +39,10 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert recipes.run(recipe) == 0, recipes.log_of(recipe)
     run = tmp_path / "run"
 
+    rankings = recipes.table(run, "rankings")
+    tied = [row["ranks"] for row in rankings if len(row["ranks"]) == 4]
+    assert len(rankings) == 16 and tied == [[1, 2, 2, 3]] * 8
+
     steps = recipes.metrics(run)
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all("critic/value_loss" in line and "learner/kl" in line for line in steps)
@@ -46,6 +52,7 @@ def test_people_to_ppo(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert all(uids.count(uid) == 2 for uid in uids), "every prompt once an epoch, two siblings each"
     assert {span["version"] for row in rows for span in row["version_spans"]} == {0, 1, 2}
     AutoModelForCausalLM.from_pretrained(run / "policy")
+    assert (run / "policy" / "adapter" / "adapter_model.safetensors").is_file()
     AutoModelForSequenceClassification.from_pretrained(run / "reward_model")
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from actors.ranks import RankInfo
 from actors.vllm.config import EngineConfig
 from rlhf.errors import EngineError, PublicationError
 from rlhf.sampling import SamplingConfig
-from rlhf.weights import make_bucket
+from rlhf.weights import Bucket, make_bucket
+from tests.actors.engine_ranks import run_ranks
 from tests.actors.vllm.engines import (
     RunningWorker,
     draw,
@@ -34,21 +39,38 @@ def other_model(tmp_path_factory):
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=32).hexdigest()
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
-def test_published_weights_act_bit_for_bit_like_a_fresh_engine_on_the_export(generation: RunningWorker, other_model):
-    sent = weights_of(other_model)
-    buckets = make_buckets(sent)
+def learn(info: RankInfo, model: Path, folder: Path) -> list[Bucket]:
+    from tests.actors import learner_work as work
+
+    return work.learned_with_adapter(info, model, folder)
+
+
+def merged_by_peft(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The start model in bf16 with PEFT's own merge of an adapter, in fp32, cast to bf16 at the end."""
+    start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).float()
+    merged = PeftModel.from_pretrained(start, adapter).merge_and_unload()
+    return {name: tensor.detach().bfloat16() for name, tensor in merged.named_parameters()}
+
+
+def test_a_learner_s_weights_act_bit_for_bit_like_a_fresh_engine_on_its_export(generation: RunningWorker, tmp_path):
+    """From DeepSpeed over its buckets to the engine: tied embeddings once, an adapter merged."""
+    folder = tmp_path / "export"
+    [buckets] = run_ranks(1, learn, generation.model, folder)
     assert len(buckets) >= 3
     old = texts_and_bits(generation.generate(version=0))
     generation.publish(buckets)
     received = generation.run(generation.worker.tensor_digests())
-    assert received == {name: _hash(tensor) for name, tensor in sent.items()}
+    expected = merged_by_peft(generation.model, folder / "adapter")
+    assert received == {name: _hash(tensor) for name, tensor in expected.items()}
+    assert "lm_head.weight" not in received
     published = texts_and_bits(generation.generate(version=0))
     assert published != old
 
-    fresh = RunningWorker(other_model)
+    fresh = RunningWorker(folder)
     processes = fresh.engine.processes
     try:
         assert texts_and_bits(fresh.generate(version=0)) == published
