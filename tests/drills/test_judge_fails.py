@@ -20,6 +20,7 @@ from tests.e2e import recipes
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 STEPS, PROMPTS, SAMPLES = 5, 8, 4
+KEY_VARIABLE, KEY = "JUDGE_KEY_OF_THE_DRILL", "a-key-that-is-written-nowhere"
 ERROR = "the service failed: InternalServerError"
 FAIL_EVERY = 24
 """One question in so many fails: 1 or 2 of the 32 of a chunk or a step, below the tenth that may be missing."""
@@ -53,7 +54,11 @@ def service() -> Iterator[FailingService]:
 
 @pytest.mark.timeout(1800)
 def test_what_a_judge_does_not_say_is_missing_and_never_a_number(
-    tmp_path: Path, tiny_model_dir: Path, service: FailingService, tell: Callable[..., None]
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    service: FailingService,
+    tell: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Feedback and reinforcement learning under a judge that answers 500 for some texts, for all, then for some again.
 
@@ -61,15 +66,16 @@ def test_what_a_judge_does_not_say_is_missing_and_never_a_number(
     same command is run after that; every refused text has a null and the service's error in the record, every other one
     what was said of it, signed by its prompt; the metrics count the nulls of each step; and the policy is the start
     model to the last bit. For the service likes all siblings alike, so that no completion is better than another,
-    unless a missing score counts as a number.
+    unless a missing score counts as a number. The service's key comes with every question and is in no file of the run.
     """
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
     recipes.write_data(tmp_path)
     recipe = recipes.base(tmp_path, tiny_model_dir, _stages())
     recipe["sampling"] |= {"ignore_eos": True}  # no two siblings alike, as equal texts are asked about once
     recipe["roles"]["judge"]["endpoint"] = {
         "base_url": service.url,
         "model": "m",
-        "api_key_variable": None,
+        "api_key_variable": KEY_VARIABLE,
         "timeout_s": 30.0,
         "max_retries": 0,
     }
@@ -113,6 +119,8 @@ def test_what_a_judge_does_not_say_is_missing_and_never_a_number(
     assert sum(missing.values()) > 0, "the run goes on with some scores missing"
     assert service.num_failed > sum(missing.values())
     _check_unchanged(run / "policy", tiny_model_dir)
+    assert set(service.keys) == {f"Bearer {KEY}"}
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
 def _stages() -> list[dict[str, Any]]:
