@@ -56,7 +56,7 @@ def test_a_loop_with_two_replicas_and_two_ranks(tmp_path: Path, tiny_model_dir: 
     assert {"rollout/score/reward_model", "rollout/score/rules", "learner/kl"} <= steps[-1].keys()
     rollouts = recipes.table(run, "rollouts", "rl.step_*")
     assert len(rollouts) == 3 * 4 * 2 and all(row["status"] == "scored" for row in rollouts)
-    assert [line["step"] for line in recipes.metrics(run, "rl-validation")] == [2]
+    assert [line["step"] for line in recipes.metrics(run, "rl-validation")] == [2, 3]
     AutoModelForCausalLM.from_pretrained(run / "policy")
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
