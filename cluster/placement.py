@@ -20,7 +20,6 @@ from cluster.watchdog import CLUSTER_MARK, Watchdog
 from rlhf.errors import ClusterError, PlacementError
 from rlhf.runs.memory import RUN_MARK
 
-LOOPBACK = "127.0.0.1"
 KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
 """Ray's processes rename themselves. Without this the new name's padding goes over the beginning of their environment,
 and with it, depending on its place there, the mark by which a run's processes are found."""
@@ -32,10 +31,9 @@ _watchdogs: list[Watchdog] = []
 def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: int | None) -> None:
     """Joins the cluster at ``address``, or starts a private one on this machine when it is None.
 
-    A private cluster listens on the machine's own interface only. It cleans up the children of killed workers (an
-    engine's processes would outlive it otherwise), and a watchdog ends it with a driver that is killed. In a cluster
-    that is joined, all workers of this run are told its mark, those that Ray Train starts included. Ray's token is made
-    readable by this user alone.
+    A private cluster cleans up the children of killed workers (an engine's processes would outlive it otherwise), and a
+    watchdog ends it with a driver that is killed. In a cluster that is joined, all workers of this run are told its
+    mark, those that Ray Train starts included. Ray's token is made readable by this user alone.
 
     Raises:
         ClusterError: Ray could not be started or joined; what it had begun is ended.
@@ -49,7 +47,6 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     if address is None:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options["address"] = "local"  # without it Ray joins whatever cluster runs here or RAY_ADDRESS names
-        options["_node_ip_address"] = LOOPBACK  # what Ray's processes then listen on; else it is every interface
         os.environ[CLUSTER_MARK] = secrets.token_hex(8)
         _watchdogs.append(Watchdog(os.environ[CLUSTER_MARK]))
     else:

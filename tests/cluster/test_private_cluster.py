@@ -1,27 +1,15 @@
-"""The cluster that a run starts for itself lets nobody else in: real processes of Ray."""
+"""The cluster that a run starts for itself lets nobody in who has no token: real processes of Ray."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import subprocess
 import sys
 
-import psutil
 import pytest
 import ray
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
-
-
-def test_it_listens_on_this_machine_s_own_interface_only() -> None:
-    heard = {}
-    for process in psutil.Process().children(recursive=True):
-        for connection in process.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                heard[process.name(), connection.laddr.port] = connection.laddr.ip
-    assert len(heard) >= 4, "the head and the node's own processes"
-    assert {place: ip for place, ip in heard.items() if not ipaddress.ip_address(ip).is_loopback} == {}
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64], ids=["no token", "a wrong token"])
