@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
 """Ray's processes rename themselves. Without this the new name's padding goes over the beginning of their environment,
 and with it, depending on its place there, the mark by which a run's processes are found."""
 
+START_TRIES = 2
+"""Ray gives its node half a minute to start, which a machine that is busy for a moment may need more than once."""
+
 _watchdogs: list[Watchdog] = []
 """Of the private cluster that this process has started."""
 
@@ -36,7 +40,7 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     mark, those that Ray Train starts included. Ray's token is made readable by this user alone.
 
     Raises:
-        ClusterError: Ray could not be started or joined; what it had begun is ended.
+        ClusterError: Ray could not be started, not at the second try either, or not joined; what it had begun is ended.
     """
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,10 +51,21 @@ def connect(address: str | None, *, num_cpus: float | None, object_store_bytes: 
     if address is None:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options["address"] = "local"  # without it Ray joins whatever cluster runs here or RAY_ADDRESS names
-        os.environ[CLUSTER_MARK] = secrets.token_hex(8)
-        _watchdogs.append(Watchdog(os.environ[CLUSTER_MARK]))
     else:
         options |= {"address": address, "runtime_env": {"env_vars": {RUN_MARK: mark} | KEEP_ENVIRONMENT}}
+    for tries_left in reversed(range(START_TRIES if address is None else 1)):
+        try:
+            return _connect_once(address, options)
+        except ClusterError as error:
+            if not tries_left:
+                raise
+            print(f"{error.where}: {error.found}; it is started once more", file=sys.stderr, flush=True)
+
+
+def _connect_once(address: str | None, options: Mapping[str, Any]) -> None:
+    if address is None:
+        os.environ[CLUSTER_MARK] = secrets.token_hex(8)
+        _watchdogs.append(Watchdog(os.environ[CLUSTER_MARK]))
     protect_token()
     try:
         ray.init(**options)

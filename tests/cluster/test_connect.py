@@ -35,11 +35,27 @@ def test_a_private_cluster_that_does_not_come_up_is_typed_and_leaves_no_process(
     replaced.setattr(placement.ray, "init", half_start)
     with pytest.raises(ClusterError) as caught:
         placement.connect(None, num_cpus=1, object_store_bytes=None)
+    assert len(started) == 2, "it is tried twice"
     assert caught.value.exit_code == 3
     assert caught.value.found == "Exception: The current node timed out during startup."
     assert "Run the same command again" in caught.value.action and "rlhf doctor" in caught.value.action
-    assert started[0].wait(30) != 0, "what Ray had started by then is ended"
+    assert all(process.wait(30) != 0 for process in started), "what Ray had started by then is ended"
     assert placement._watchdogs == [] and CLUSTER_MARK not in placement.os.environ
+
+
+def test_a_private_cluster_may_come_up_at_the_second_try(replaced: pytest.MonkeyPatch, capsys) -> None:
+    marks: list[str] = []
+
+    def start(**_: Any) -> None:
+        marks.append(placement.os.environ[CLUSTER_MARK])
+        if len(marks) == 1:
+            raise Exception("The current node timed out during startup.")
+
+    replaced.setattr(placement.ray, "init", start)
+    placement.connect(None, num_cpus=1, object_store_bytes=None)
+    assert len(set(marks)) == 2 and len(placement._watchdogs) == 1, "the first one's watchdog went with it"
+    assert "it is started once more" in capsys.readouterr().err
+    placement.disconnect()
 
 
 def test_a_cluster_that_does_not_answer_is_named(replaced: pytest.MonkeyPatch) -> None:
