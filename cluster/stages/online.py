@@ -219,7 +219,12 @@ class _OnlineRun:
         """Samples the validation prompts from the weights just published and scores them with the training rewards.
 
         Beside the score stands what it may hide: length, diversity, being on topic.
+
+        Raises:
+            MissingFeedbackError: Too many scores are missing; the mean of the rest must not choose a checkpoint.
         """
+        from rlhf.feedback.missing import check_missing
+
         stage, version = self.stage, self.context.policy.version + num_updates
         prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
@@ -234,10 +239,12 @@ class _OnlineRun:
         columns = (card.subject_field, card.keywords_field)
         found = await recorder.call("record_validation", stage.name, num_updates, scored, *columns)
         measures = {f"validation/{name}": value for name, value in found.items()}
-        values = [score.value for siblings in scores for score in siblings if score.value is not None]
-        if not values:
-            self.context.event("validation_missing", stage=stage.name, step=num_updates)
-            return
+        given = [score for siblings in scores for score in siblings]
+        errors = [score.error for score in given if score.value is None]
+        check_missing(
+            errors, len(given), stage.loop.max_missing_fraction, f"scores of {stage.name}'s validation {num_updates}"
+        )
+        values = [score.value for score in given if score.value is not None]
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)
         self.context.metrics.log(validation_stage(stage.name), num_updates, {"validation/score": mean} | measures)
