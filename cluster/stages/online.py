@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rlhf.loops.online import OnlineRoles
     from rlhf.protocols import Learner
     from rlhf.rewards.mixture import Mixture
+    from rlhf.runs.checkpoint import Checkpoint
     from rlhf.runs.progress import Progress
 
 
@@ -193,6 +195,7 @@ class _OnlineRun:
             if (measured_on := found.state.get("validation_rewards")) is not None:
                 self.validation_rewards = self.rewards.measuring()
                 self.validation_rewards.restore(measured_on)
+            self._mark(found)  # a driver that was killed right after its save did not, and no other validates this step
             await self._load(found.path)
         self.context.metrics.resume(self.stage.name, step)
         self.context.metrics.resume(validation_stage(self.stage.name), step)
@@ -260,12 +263,18 @@ class _OnlineRun:
 
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
             measured_on = None if self.validation_rewards is None else self.validation_rewards.state()
-            state = {**collected, "validation_rewards": measured_on}
+            measured, score = self.validation
+            own = score if measured == num_updates and math.isfinite(score) else None
+            state = {**collected, "validation_rewards": measured_on, "validation_score": own}
             keep = self.stage.keep_checkpoints
-            await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep)
-        measured, score = self.validation
-        if measured == num_updates:
-            checkpoint.mark_best(self.checkpoints, num_updates, "validation/score", score)
+            self._mark(await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep))
+
+    def _mark(self, saved: Checkpoint) -> None:
+        """Makes a checkpoint the best one where its own validation, if it had one, says so."""
+        from rlhf.runs import checkpoint
+
+        if (score := saved.state.get("validation_score")) is not None:
+            checkpoint.mark_best(self.checkpoints, saved.step, "validation/score", score)
 
     async def _finish(self) -> dict[str, Any]:
         """Exports the best checkpoint's weights (or the last) to the stage's folder, whole or not at all.

@@ -17,6 +17,7 @@ from rlhf.config import validate
 from rlhf.errors import MissingFeedbackError
 from rlhf.loops.gate import BudgetGate
 from rlhf.loops.online import OnlineRoles
+from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
@@ -204,3 +205,30 @@ def test_a_validation_without_its_scores_stops_the_run_and_is_made_again(tmp_pat
     second = FakeStage(context, stage, {1: 0.1, 2: 0.9, 3: 0.4})
     assert run_stage(second)["selected_step"] == 2
     assert len(second.fakes.recorded) == 2, "it went on at step 1"
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL: nothing after it is done."""
+
+
+def test_a_kill_between_a_save_and_its_mark_loses_no_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {1: 0.1, 2: 0.9, 3: 0.4}
+    mark_best = checkpoint.mark_best
+
+    def killed_at_two(directory: Path, step: int, *args: Any) -> bool:
+        if step == 2:
+            raise KilledError
+        return mark_best(directory, step, *args)
+
+    context, stage = open_stage(tmp_path, 3)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(checkpoint, "mark_best", killed_at_two)
+        run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 3)
+    second = FakeStage(context, stage, scores)
+    results = run_stage(second)
+    assert len(second.fakes.recorded) == 1, "it went on at step 2"
+    assert results["selected_step"] == 2
+    assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == "2"
