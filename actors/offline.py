@@ -13,7 +13,14 @@ from actors.settings import LearnerConfig
 from rlhf.data.groups import best_completions, read_groups, split_held_out
 from rlhf.data.supervised import SupervisedDataConfig, load_supervised
 from rlhf.errors import DataError
-from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, num_steps, train_offline
+from rlhf.loops.offline import (
+    OfflineConfig,
+    OfflineHooks,
+    check_batches,
+    check_first_step,
+    num_steps,
+    train_offline,
+)
 from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.runs import checkpoint
@@ -128,6 +135,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     worker.start()
     session = _Session(job, worker, rank)
     first_step = session.resume()
+    check_first_step(first_step, num_steps(len(groups), job.loop), f"stage {job.stage}: loop.epochs")
     session.say_steps(first_step, num_steps(len(groups), job.loop))
     done = train_offline(
         worker,

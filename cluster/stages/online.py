@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
-from rlhf.errors import LearnerError
+from rlhf.errors import ConfigError, LearnerError
 from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
@@ -189,6 +189,13 @@ class _OnlineRun:
         step = 0
         if found is not None:
             step = found.step
+            if step > self.stage.loop.steps:
+                raise ConfigError(
+                    f"stage {self.stage.name}: loop.steps",
+                    found=f"{self.stage.loop.steps}, and a checkpoint of step {step}",
+                    needed="no fewer steps than are done",
+                    action=f"Set loop.steps to {step} or more, or set another run_dir.",
+                )
             self._event("stage_resumed", {"step": step})
             self.cursor.restore(found.state["cursor"])
             self.rewards.restore(found.state["rewards"])

@@ -85,6 +85,17 @@ def check_batches(num_groups: int, config: OfflineConfig, num_ranks: int, where:
         )
 
 
+def check_first_step(first_step: int, num_steps: int, where: str) -> None:
+    """Raises ``ConfigError`` where a checkpoint is behind the last step: the result would not be what it says."""
+    if first_step > num_steps:
+        raise ConfigError(
+            where,
+            found=f"{num_steps} steps, and a checkpoint of step {first_step}",
+            needed="no fewer steps than are done",
+            action="Put epochs back, or set another run_dir.",
+        )
+
+
 def train_offline(
     learner: OfflineLearner,
     groups: Sequence[TrainGroup],

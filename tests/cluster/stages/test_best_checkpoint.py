@@ -14,7 +14,7 @@ from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, StopRequestedError
 from cluster.stages.online import OnlineStage, _OnlineRun
 from rlhf.config import validate
-from rlhf.errors import MissingFeedbackError
+from rlhf.errors import ConfigError, MissingFeedbackError
 from rlhf.loops.gate import BudgetGate
 from rlhf.loops.online import OnlineRoles
 from rlhf.runs import checkpoint
@@ -232,3 +232,14 @@ def test_a_kill_between_a_save_and_its_mark_loses_no_best_checkpoint(
     assert len(second.fakes.recorded) == 1, "it went on at step 2"
     assert results["selected_step"] == 2
     assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == "2"
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    scores = dict.fromkeys(range(1, 4), 0.5)
+    context, stage = open_stage(tmp_path, 3)
+    run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 2)
+    with pytest.raises(ConfigError, match="stage rl: loop.steps: found 2, and a checkpoint of step 3"):
+        run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 3)
+    assert run_stage(FakeStage(context, stage, scores))["steps"] == 3, "nothing was spoilt"

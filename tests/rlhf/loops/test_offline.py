@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.errors import ConfigError, NonFiniteError
-from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, epoch_batches, num_steps, train_offline
+from rlhf.loops.offline import (
+    OfflineConfig,
+    OfflineHooks,
+    check_batches,
+    check_first_step,
+    epoch_batches,
+    num_steps,
+    train_offline,
+)
 from rlhf.types import TrainGroup
 
 GROUPS = st.integers(1, 60)
@@ -164,3 +172,9 @@ def test_a_batch_that_passes_the_check_gives_every_rank_a_group(num_groups, size
         return
     for batch in epoch_batches(num_groups, size, seed=0, epoch=0):
         assert all(len(batch[rank::num_ranks]) for rank in range(num_ranks))
+
+
+def test_fewer_steps_than_are_done_are_refused():
+    check_first_step(6, 6, "stage sft: loop.epochs")
+    with pytest.raises(ConfigError, match="stage sft: loop.epochs: found 6 steps, and a checkpoint of step 7"):
+        check_first_step(7, 6, "stage sft: loop.epochs")
