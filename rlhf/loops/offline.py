@@ -96,6 +96,17 @@ def check_first_step(first_step: int, num_steps: int, where: str) -> None:
         )
 
 
+def tokens_from(groups: Sequence[TrainGroup], config: OfflineConfig, *, seed: int, first_step: int) -> int:
+    """Tokens, over all ranks, of the updates from ``first_step`` to the end."""
+    lengths = np.array([group.num_tokens for group in groups])
+    batches = [
+        batch
+        for epoch in range(config.epochs)
+        for batch in epoch_batches(len(groups), config.groups_per_step, seed=seed, epoch=epoch)
+    ]
+    return sum(int(lengths[batch].sum()) for batch in batches[first_step:])
+
+
 def train_offline(
     learner: OfflineLearner,
     groups: Sequence[TrainGroup],
