@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,15 @@ from actors.settings import LearnerConfig
 from rlhf.data.groups import best_completions, read_groups, split_held_out
 from rlhf.data.supervised import SupervisedDataConfig, load_supervised
 from rlhf.errors import DataError
-from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, num_steps, train_offline
+from rlhf.loops.offline import (
+    OfflineConfig,
+    OfflineHooks,
+    check_batches,
+    check_first_step,
+    num_steps,
+    tokens_from,
+    train_offline,
+)
 from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.runs import checkpoint
@@ -24,6 +33,7 @@ from rlhf.runs.metrics import MetricsLogger
 from rlhf.types import TrainGroup
 
 if TYPE_CHECKING:
+    from actors.learner import LearnerWorker
     from rlhf.evaluation.bootstrap import Interval
 
 KEEP_CHECKPOINTS = 2
@@ -128,9 +138,11 @@ def train_rank(config: Mapping[str, Any]) -> None:
     worker.start()
     session = _Session(job, worker, rank)
     first_step = session.resume()
+    check_first_step(first_step, num_steps(len(groups), job.loop), f"stage {job.stage}: loop.epochs")
     session.say_steps(first_step, num_steps(len(groups), job.loop))
+    timed = _TimedLearner(worker)
     done = train_offline(
-        worker,
+        timed,
         groups,
         held_out,
         job.loop,
@@ -141,8 +153,26 @@ def train_rank(config: Mapping[str, Any]) -> None:
         first_step=first_step,
     )
     if done == num_steps(len(groups), job.loop):
-        session.finish(held_out, num_groups=len(groups))
+        tokens = tokens_from(groups, job.loop, seed=job.seed, first_step=first_step)
+        session.finish(held_out, num_groups=len(groups), trained={"tokens": tokens, "seconds": timed.seconds})
     worker.stop()
+
+
+class _TimedLearner:
+    """A rank's learner as the loop sees it, which adds up the time that it trains."""
+
+    def __init__(self, worker: LearnerWorker) -> None:
+        self._worker = worker
+        self.seconds = 0.0
+
+    def train_step(self, groups: Sequence[TrainGroup]) -> Mapping[str, float]:
+        began = time.monotonic()
+        metrics = self._worker.train_step(groups)
+        self.seconds += time.monotonic() - began
+        return metrics
+
+    def evaluate(self, groups: Sequence[TrainGroup]) -> Mapping[str, float]:
+        return self._worker.evaluate(groups)
 
 
 class _Session:
@@ -200,9 +230,12 @@ class _Session:
         self._worker.save(self._worker.broadcast(directory))
         self._worker.barrier()  # all ranks have written before rank 0 lists the files
 
-    def finish(self, held_out: Sequence[TrainGroup], num_groups: int) -> None:
-        """Exports the model, then measures it on the held-out groups and writes the results for the driver."""
-        results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out)}
+    def finish(self, held_out: Sequence[TrainGroup], num_groups: int, trained: Mapping[str, float]) -> None:
+        """Exports the model, then measures it on the held-out groups and writes the results for the driver.
+
+        ``trained`` holds the ``tokens`` that all ranks trained on since they were started, and the ``seconds`` of it.
+        """
+        results: dict[str, Any] = {"num_groups": num_groups, "num_held_out": len(held_out), "trained": dict(trained)}
         if self._job.kind == "reward":
             self._worker.fit_normaliser(held_out if self._rank == 0 else [])
         self._export()

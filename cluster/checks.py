@@ -246,13 +246,18 @@ def _check_judge(config: RunConfig, constitutions: Mapping[str, Constitution], f
 
 
 def _check_judging(stage: Stage, constitutions: Mapping[str, Constitution]) -> None:
-    """A pairwise judge compares siblings, so there have to be two; agreement is measured of pointwise verdicts."""
+    """A pairwise judge compares siblings, so there have to be two.
+
+    It says how one stands among them and nothing of other completions: no agreement with an outside scorer is measured
+    of that, and no arm of an evaluation is held against another by it.
+    """
     pairwise = {name for name, constitution in constitutions.items() if constitution.config.mode == "pairwise"}
     found = ""
     if isinstance(stage, FeedbackStage) and stage.measure_agreement and "training" in pairwise:
         found, action = "measure_agreement with a pairwise constitution", "Set measure_agreement: false."
-    if isinstance(stage, EvaluateStage) and stage.num_samples < 2 and "evaluation" in pairwise:
-        found, action = "num_samples: 1 with a pairwise constitution", "Raise num_samples to 2 or more."
+    if isinstance(stage, EvaluateStage) and "evaluation" in pairwise:
+        found = "constitutions.evaluation in mode pairwise, whose numbers of one arm say nothing of another"
+        action = "Name a pointwise constitution, or leave constitutions.evaluation unset."
     if isinstance(stage, OnlineStage) and "training" in pairwise and any(p.source == "judge" for p in stage.rewards):
         if stage.loop.num_samples < 2:
             found, action = "loop.num_samples: 1 with a pairwise constitution", "Raise loop.num_samples to 2 or more."
@@ -260,12 +265,7 @@ def _check_judging(stage: Stage, constitutions: Mapping[str, Constitution]) -> N
             found = "loop.evaluate_every, whose one sample a prompt a pairwise constitution cannot judge"
             action = "Set loop.evaluate_every: 0."
     if found:
-        raise ConfigError(
-            f"stage {stage.name}",
-            found=found,
-            needed="a pointwise constitution, or two samples to compare",
-            action=action,
-        )
+        raise ConfigError(f"stage {stage.name}", found=found, needed="a pointwise constitution", action=action)
 
 
 def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[Prompt]]) -> None:

@@ -47,7 +47,7 @@ class ConstitutionPaths(StrictModel):
     training: Path | None = None
     """Gives the verdicts that are learned from."""
     evaluation: Path | None = None
-    """Another wording, for the evaluation only; unset: the evaluation has no judge."""
+    """Another wording, for the evaluation only, in mode ``pointwise``; unset: the evaluation has no judge."""
 
 
 class RayConfig(StrictModel):

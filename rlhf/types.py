@@ -239,3 +239,8 @@ class TrainGroup:
     values: tuple[FloatArray, ...] | None = None
     loss_masks: tuple[NDArray[np.bool_], ...] | None = None
     cluster: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all completions."""
+        return len(self.prompt_ids) + sum(map(len, self.completion_ids))

@@ -175,7 +175,8 @@ class TrainEngine:
                 f"learner rank {self._group.rank}",
                 found=f"a loss or gradient that is not finite in {MAX_SKIPS} updates in a row",
                 needed="finite numbers",
-                action="The weights are unchanged. Look at the last rollouts, lower optim.lr, or use float32.",
+                action="The weights are unchanged. Look at the last batches. To lower optim.lr or use dtype: float32, "
+                "set another run_dir: a run keeps both.",
             )
         return StepResult(grad_norm, lr, not applied, self._consecutive)
 

@@ -30,6 +30,8 @@ class EvaluateStage(StrictModel):
     """Completions per prompt and arm."""
     best_of: int = Field(default=4, ge=0)
     """The baseline: the start model's best of this many by the reward model; 0, or no reward model, leaves it out."""
+    max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Above this fraction of missing margins or reward-model scores in an arm the run stops."""
     report_card: ReportCardConfig = ReportCardConfig()
     """Intervals, signs, and which columns name slice and subject."""
 
@@ -58,7 +60,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
             sampled[arm] = await _sample(context, stage, policy, prompts, num_samples)
             bar.advance(len(prompts) * num_samples)
         for arm, (_, num_samples) in arms.items():
-            measured[arm] = await _measure(context, stage, sampled[arm], instruments)
+            measured[arm] = await _measure(context, stage, arm, sampled[arm], instruments)
             bar.advance(len(prompts) * num_samples)
     worker = await evaluator(context, stage.report_card)
     async with context.timed_gate(stage.name).hold("evaluator"):
@@ -90,9 +92,13 @@ async def _sample(
 
 
 async def _measure(
-    context: RunContext, stage: EvaluateStage, groups: Sequence[GroupHandle], instruments: Instruments
+    context: RunContext, stage: EvaluateStage, arm: str, groups: Sequence[GroupHandle], instruments: Instruments
 ) -> list[GroupHandle]:
-    """Adds the start's log-probs and, where they measure, the judge's margin and the reward model's score."""
+    """Adds the start's log-probs and, where they measure, the judge's margin and the reward model's score.
+
+    Raises:
+        MissingFeedbackError: Too many margins or scores of the arm are missing; the stage is then still to be done.
+    """
     from actors.roles import FleetJudge, FleetScorer
     from cluster.fleets import judge_fleet, reference_annotator, scorer_fleet
 
@@ -102,10 +108,12 @@ async def _measure(
         judge = FleetJudge(await judge_fleet(context), "evaluation", context.timings.add_tokens)
         async with gate.hold("judge"):
             scored["judge_margin"] = await judge.score(groups)
+        _check_missing(stage, arm, "judge_margin", scored["judge_margin"])
     if "reward_model" in instruments:
         scorer = FleetScorer("reward_model", await scorer_fleet(context), context.timings.add_tokens)
         async with gate.hold("scorer"):
             scored["reward_model"] = await scorer.score(groups)
+        _check_missing(stage, arm, "reward_model", scored["reward_model"])
     annotator = await reference_annotator(context, context.start)
     async with gate.hold("reference"):
         annotated = await annotator.annotate(groups)
@@ -113,6 +121,14 @@ async def _measure(
         dataclasses.replace(group, scores=_join({name: scores[i] for name, scores in scored.items()}, group))
         for i, group in enumerate(annotated)
     ]
+
+
+def _check_missing(stage: EvaluateStage, arm: str, measure: str, scores: Sequence[tuple[Score, ...]]) -> None:
+    from rlhf.feedback.missing import check_missing
+
+    given = [score for siblings in scores for score in siblings]
+    errors = [score.error for score in given if score.value is None]
+    check_missing(errors, len(given), stage.max_missing_fraction, f"{measure} of stage {stage.name}, arm {arm}")
 
 
 def _join(scored: Mapping[str, Sequence[Score]], group: GroupHandle) -> tuple[Score, ...]:

@@ -122,6 +122,8 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
     async with context.timed_gate(stage.name).hold("learner"), _shown(context, stage.name):
         await _fit(context, job)
     results = read_results(job)
+    trained = results.pop("trained")
+    context.timings.add_tokens("learner", trained["tokens"], trained["seconds"])
     held_out = results.pop("held_out", ())
     measured = [s.name for s in context.config.stages if s.kind == "feedback" and s.measure_agreement]
     if measured and results.get("pair_accuracy") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
-from rlhf.errors import LearnerError
+from rlhf.errors import ConfigError, LearnerError
 from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rlhf.loops.online import OnlineRoles
     from rlhf.protocols import Learner
     from rlhf.rewards.mixture import Mixture
+    from rlhf.runs.checkpoint import Checkpoint
     from rlhf.runs.progress import Progress
 
 
@@ -187,12 +189,20 @@ class _OnlineRun:
         step = 0
         if found is not None:
             step = found.step
+            if step > self.stage.loop.steps:
+                raise ConfigError(
+                    f"stage {self.stage.name}: loop.steps",
+                    found=f"{self.stage.loop.steps}, and a checkpoint of step {step}",
+                    needed="no fewer steps than are done",
+                    action=f"Set loop.steps to {step} or more, or set another run_dir.",
+                )
             self._event("stage_resumed", {"step": step})
             self.cursor.restore(found.state["cursor"])
             self.rewards.restore(found.state["rewards"])
             if (measured_on := found.state.get("validation_rewards")) is not None:
                 self.validation_rewards = self.rewards.measuring()
                 self.validation_rewards.restore(measured_on)
+            self._mark(found)  # a driver that was killed right after its save did not, and no other validates this step
             await self._load(found.path)
         self.context.metrics.resume(self.stage.name, step)
         self.context.metrics.resume(validation_stage(self.stage.name), step)
@@ -219,7 +229,12 @@ class _OnlineRun:
         """Samples the validation prompts from the weights just published and scores them with the training rewards.
 
         Beside the score stands what it may hide: length, diversity, being on topic.
+
+        Raises:
+            MissingFeedbackError: Too many scores are missing; the mean of the rest must not choose a checkpoint.
         """
+        from rlhf.feedback.missing import check_missing
+
         stage, version = self.stage, self.context.policy.version + num_updates
         prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
@@ -234,10 +249,12 @@ class _OnlineRun:
         columns = (card.subject_field, card.keywords_field)
         found = await recorder.call("record_validation", stage.name, num_updates, scored, *columns)
         measures = {f"validation/{name}": value for name, value in found.items()}
-        values = [score.value for siblings in scores for score in siblings if score.value is not None]
-        if not values:
-            self.context.event("validation_missing", stage=stage.name, step=num_updates)
-            return
+        given = [score for siblings in scores for score in siblings]
+        errors = [score.error for score in given if score.value is None]
+        check_missing(
+            errors, len(given), stage.loop.max_missing_fraction, f"scores of {stage.name}'s validation {num_updates}"
+        )
+        values = [score.value for score in given if score.value is not None]
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)
         self.context.metrics.log(validation_stage(stage.name), num_updates, {"validation/score": mean} | measures)
@@ -253,12 +270,18 @@ class _OnlineRun:
 
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
             measured_on = None if self.validation_rewards is None else self.validation_rewards.state()
-            state = {**collected, "validation_rewards": measured_on}
+            measured, score = self.validation
+            own = score if measured == num_updates and math.isfinite(score) else None
+            state = {**collected, "validation_rewards": measured_on, "validation_score": own}
             keep = self.stage.keep_checkpoints
-            await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep)
-        measured, score = self.validation
-        if measured == num_updates:
-            checkpoint.mark_best(self.checkpoints, num_updates, "validation/score", score)
+            self._mark(await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep))
+
+    def _mark(self, saved: Checkpoint) -> None:
+        """Makes a checkpoint the best one where its own validation, if it had one, says so."""
+        from rlhf.runs import checkpoint
+
+        if (score := saved.state.get("validation_score")) is not None:
+            checkpoint.mark_best(self.checkpoints, saved.step, "validation/score", score)
 
     async def _finish(self) -> dict[str, Any]:
         """Exports the best checkpoint's weights (or the last) to the stage's folder, whole or not at all.

@@ -93,6 +93,13 @@ class EvalSummary(StrictModel):
     """Slice whose requests are followed least after training; empty where that was not measured."""
     missing: dict[str, int]
     """Measures that could not be had, as ``arm.measure``; they are left out of the means."""
+    confidence: float = BootstrapConfig().confidence
+    """Of all intervals here."""
+
+    @property
+    def told_confidence(self) -> str:
+        """The confidence for a reader, for example ``95 %``."""
+        return f"{100 * self.confidence:g} %"
 
 
 Measure = Callable[[EvalCompletion], float | None]
@@ -153,6 +160,7 @@ def grade(rows: Sequence[EvalCompletion], config: ReportCardConfig, *, unmeasure
         slices=slices,
         worst_slice=worst_slice(follows) if follows else "",
         missing=_missing(arms, unmeasured),
+        confidence=config.bootstrap.confidence,
     )
 
 

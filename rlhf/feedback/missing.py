@@ -26,6 +26,6 @@ def check_missing(errors: Sequence[str], num_total: int, max_fraction: float, wh
         found=f"{num_missing} of {num_total} missing ({num_missing / num_total:.0%}), {count} of them because: "
         f"{reason or 'no reason given'}",
         needed=f"at most {max_fraction:.0%}",
-        action="Mend what answers and run the same command again; raise max_missing_fraction only if the missing ones "
-        "are harmless.",
+        action="Mend what answers and run the same command again; raise the stage's max_missing_fraction only if the "
+        "missing ones are harmless.",
     )

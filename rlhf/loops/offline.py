@@ -85,6 +85,28 @@ def check_batches(num_groups: int, config: OfflineConfig, num_ranks: int, where:
         )
 
 
+def check_first_step(first_step: int, num_steps: int, where: str) -> None:
+    """Raises ``ConfigError`` where a checkpoint is behind the last step: the result would not be what it says."""
+    if first_step > num_steps:
+        raise ConfigError(
+            where,
+            found=f"{num_steps} steps, and a checkpoint of step {first_step}",
+            needed="no fewer steps than are done",
+            action="Put epochs back, or set another run_dir.",
+        )
+
+
+def tokens_from(groups: Sequence[TrainGroup], config: OfflineConfig, *, seed: int, first_step: int) -> int:
+    """Tokens, over all ranks, of the updates from ``first_step`` to the end."""
+    lengths = np.array([group.num_tokens for group in groups])
+    batches = [
+        batch
+        for epoch in range(config.epochs)
+        for batch in epoch_batches(len(groups), config.groups_per_step, seed=seed, epoch=epoch)
+    ]
+    return sum(int(lengths[batch].sum()) for batch in batches[first_step:])
+
+
 def train_offline(
     learner: OfflineLearner,
     groups: Sequence[TrainGroup],

@@ -42,6 +42,7 @@ RESUMABLE_KEYS = (
     "**.checkpoint_every",
     "**.keep_checkpoints",
     "**.*timeout_s",
+    "**.max_missing_fraction",
     "run_dir",
     "roles.*.replicas",
     "roles.*.resources.**",
@@ -50,9 +51,9 @@ RESUMABLE_KEYS = (
     "gate",
     "criteria.**",
 )
-"""Keys that may change when a run is resumed: how long, how often, where, and how it is judged in the end. Nothing may
-change of a stage that is complete. ``*`` stands for any text inside one part of a dotted key, ``**`` for any number of
-parts."""
+"""Keys that may change when a run is resumed: how long, how often, where, how much may be missing, and how it is judged
+in the end. Nothing may change of a stage that is complete. ``*`` stands for any text inside one part of a dotted key,
+``**`` for any number of parts."""
 
 _LOCK = ".lock"
 

@@ -13,7 +13,7 @@ from rlhf.runs.redact import redact
 from rlhf.runs.summary import DISPLAY, Summary
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
-_TOLD = frozenset({"steps", "epochs", "kind", "name", "learning_rate", "num_samples", "prompts_per_step", "beta"})
+_TOLD = frozenset({"steps", "epochs", "kind", "name", "lr", "num_samples", "prompts_per_step", "beta"})
 """Last parts of the configuration keys that a card tells of each stage."""
 
 
@@ -106,7 +106,7 @@ def _evaluation(summary: Summary) -> list[str]:
     lines = [
         "## Results",
         "",
-        f"{result.num_prompts} held-out prompts, 95 % bootstrap intervals by prompt.",
+        f"{result.num_prompts} held-out prompts, {result.told_confidence} bootstrap intervals by prompt.",
         "",
         "| measure | before | after | change |",
         "|---|---|---|---|",

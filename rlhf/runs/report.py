@@ -145,7 +145,8 @@ def _evaluation(summary: Summary | None) -> str:
     chart = f"<div class='card'>{drawn}</div>" if drawn else ""
     return (
         "<h2>Evaluation</h2>"
-        f"<p class='quiet'>{result.num_prompts} held-out prompts; 95 % intervals, prompts resampled.</p>"
+        f"<p class='quiet'>{result.num_prompts} held-out prompts; {result.told_confidence} intervals, "
+        "prompts resampled.</p>"
         f"{chart}<h3>All prompts</h3>{_table(head, rows)}{slices}{note}"
     )
 

@@ -134,7 +134,7 @@ def _evaluation_lines(evaluation: EvalSummary) -> list[str]:
     arms = [("before", evaluation.before), ("after", evaluation.after)]
     if evaluation.best_of_n:
         arms.append(("best of n", evaluation.best_of_n))
-    lines = [f"evaluation on {evaluation.num_prompts} held-out prompts, 95 % intervals"]
+    lines = [f"evaluation on {evaluation.num_prompts} held-out prompts, {evaluation.told_confidence} intervals"]
     lines.append(f"{'':27}" + "".join(f"{name:>24}" for name, _ in arms))
     for metric, label in DISPLAY:
         if any(metric in values for _, values in arms):

@@ -128,6 +128,7 @@ def test_a_resumed_learner_goes_on_bit_equal(ranks: list[dict[str, Any]], stage:
 
 def test_the_third_skip_in_a_row_ends_training(single: list[dict[str, Any]]) -> None:
     assert "not finite in 3 updates in a row" in single[0]["three_skips"]
+    assert "set another run_dir" in single[0]["three_skips"], "a resume refuses another rate or dtype"
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "fp32"])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from actors.offline import KEEP_CHECKPOINTS, OfflineJob, _Session
+from actors import offline
+from actors.offline import KEEP_CHECKPOINTS, OfflineJob, _Session, _TimedLearner
 from actors.settings import LearnerConfig
 from rlhf.loops.offline import OfflineConfig
 from rlhf.objectives.config import SupervisedConfig
@@ -99,3 +100,22 @@ def test_rank_0_says_how_many_steps_there_are(job: OfflineJob) -> None:
         _Session(job, FakeWorker(), rank).say_steps(3, 8)
     [event] = read_events(job.run_dir / "events.jsonl")
     assert (event["kind"], event["stage"], event["done"], event["steps"]) == (STEPS_KNOWN, "sft", 3, 8)
+
+
+def test_the_time_of_a_learner_is_that_of_its_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(offline.time, "monotonic", lambda: now[0])
+
+    class Worker:
+        def train_step(self, groups: Any) -> dict[str, float]:
+            now[0] += 2.0
+            return {"loss": 1.0}
+
+        def evaluate(self, groups: Any) -> dict[str, float]:
+            now[0] += 100.0
+            return {"loss": 0.5}
+
+    worker: Any = Worker()
+    timed = _TimedLearner(worker)
+    assert [timed.train_step([]), timed.evaluate([]), timed.train_step([])] == [{"loss": x} for x in (1.0, 0.5, 1.0)]
+    assert timed.seconds == 4.0

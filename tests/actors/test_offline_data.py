@@ -162,11 +162,12 @@ def test_a_trained_reward_model_is_there_before_it_is_measured(tmp_path: Path) -
     worker = OneRank()
     held_out = [group("tied", (1.0, 1.0)), group("unknown", (NAN, 1.0))]
     job = make_job(tmp_path, "reward")
-    _Session(job, worker, 0).finish(held_out, num_groups=6)
+    trained = {"tokens": 300, "seconds": 2.0}
+    _Session(job, worker, 0).finish(held_out, num_groups=6, trained=trained)
     assert worker.done == ["normalise", "export", "score"]
     assert (job.target / "config.json").is_file()
     nothing = {"held_out": ["tied", "unknown"], "pair_accuracy": None, "kendall_tau": None, "num_pairs": 0}
-    assert read_results(job) == {"num_groups": 6, "num_held_out": 2} | nothing
+    assert read_results(job) == {"num_groups": 6, "num_held_out": 2, "trained": trained} | nothing
 
 
 def test_reward_results_are_resampled_by_subject() -> None:

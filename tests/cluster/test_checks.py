@@ -287,13 +287,12 @@ BAD: dict[str, tuple[Change, str]] = {
         both(pairwise, put("stages", 0, "measure_agreement", value=True)),
         "measure_agreement with a pairwise constitution",
     ),
-    "one sample to judge in pairs": (pairwise, "num_samples: 1 with a pairwise constitution"),
+    "an evaluation in pairs": (
+        both(pairwise, put("stages", 5, "num_samples", value=2)),
+        "stage evaluate: found constitutions.evaluation in mode pairwise",
+    ),
     "validation in pairs": (
-        both(
-            pairwise,
-            put("stages", 5, "num_samples", value=2),
-            put("stages", 4, "loop", "evaluate_every", value=1),
-        ),
+        both(pairwise, put("stages", 4, "loop", "evaluate_every", value=1)),
         "stage rl: found loop.evaluate_every",
     ),
 }

@@ -19,6 +19,7 @@ from cluster.config import RunConfig
 from cluster.context import Policy, RunContext
 from cluster.stages.evaluate import EvaluateStage, run_evaluate
 from rlhf.config import validate
+from rlhf.errors import MissingFeedbackError
 from rlhf.loops.gate import BudgetGate
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
@@ -219,3 +220,46 @@ def test_two_evaluations_keep_what_each_wrote_and_the_last_of_the_recipe_stands_
         reasons = [row["reason"] for row in read_table(tmp_path / "verdicts" / f"{name}.after.parquet")]
         assert reasons == ["said 0", "said 1"] * 4
     assert sorted(file.name for file in folder.glob("*")) == ["completions.parquet", "final", "on-validation"]
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "measure", "after"),
+    [("judge", "judge", "judge_margin", {"scorer", "reference"}), ("scorer", "score", "reward_model", {"reference"})],
+)
+def test_an_instrument_that_is_down_stops_the_evaluation(
+    role: str, method: str, measure: str, after: set[str], tmp_path: Path, asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(groups: Sequence[GroupHandle], *_: Any) -> list[Any]:
+        lost = [tuple(Score(None, error="busy") for _ in group.completion_lengths) for group in groups]
+        if role == "scorer":
+            return lost
+        return [Judgement(group.uid, (), scores, len(scores)) for group, scores in zip(groups, lost, strict=True)]
+
+    async def fleet(*args: Any) -> LocalFleet:
+        return LocalFleet(role, **{method: down})
+
+    monkeypatch.setattr(fleets, f"{role}_fleet", fleet)
+    with pytest.raises(MissingFeedbackError, match="16 of 16 missing.*busy") as caught:
+        evaluate(tmp_path, FILM, judged=True, rewarded=True)
+    assert caught.value.where == f"{measure} of stage evaluate, arm before"
+    assert asked.keys().isdisjoint({*after, "evaluator"})
+
+
+def test_an_evaluation_goes_on_with_as_many_missing_margins_as_its_fraction_allows(
+    tmp_path: Path, asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_is_missing(groups: Sequence[GroupHandle], *_: Any) -> list[tuple[Score, ...]]:
+        *rest, last = scored(groups)
+        return [*rest, (*last[:-1], Score(None, error="too long"))]
+
+    async def fleet(*args: Any) -> LocalFleet:
+        return LocalFleet("scorer", score=last_is_missing)
+
+    monkeypatch.setattr(fleets, "scorer_fleet", fleet)
+    context = open_run(tmp_path, FILM, judged=False, rewarded=True, names=["evaluate"])
+    stage = context.config.stages[0]
+    assert isinstance(stage, EvaluateStage)
+    with pytest.raises(MissingFeedbackError, match="arm after: found 1 of 8 missing"):
+        asyncio.run(run_evaluate(context, stage))
+    results = asyncio.run(run_evaluate(context, stage.model_copy(update={"max_missing_fraction": 0.125})))
+    assert results["eval"]["missing"], "it is counted"

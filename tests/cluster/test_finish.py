@@ -40,7 +40,7 @@ REWARD_RESULTS = {
     "num_pairs": 9,
 }
 EVAL_KEYS = {"num_prompts", "num_completions", "before", "after", "best_of_n", "delta", "win_rate", "slices"}
-EVAL_KEYS |= {"worst_slice", "missing"}
+EVAL_KEYS |= {"worst_slice", "missing", "confidence"}
 
 
 def recipe(*stages: dict[str, Any], **changes: Any) -> RunConfig:

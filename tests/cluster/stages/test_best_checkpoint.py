@@ -14,8 +14,10 @@ from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, StopRequestedError
 from cluster.stages.online import OnlineStage, _OnlineRun
 from rlhf.config import validate
+from rlhf.errors import ConfigError, MissingFeedbackError
 from rlhf.loops.gate import BudgetGate
 from rlhf.loops.online import OnlineRoles
+from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.timings import Timings
@@ -48,7 +50,7 @@ class CountingLearner:
 class Rewards:
     """The given score for the validation after as many updates, and any for training."""
 
-    def __init__(self, scores: Mapping[int, float]) -> None:
+    def __init__(self, scores: Mapping[int, float | None]) -> None:
         self._scores = scores
 
     def measuring(self) -> Rewards:
@@ -61,9 +63,9 @@ class Rewards:
         pass
 
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
-        return [(Score(self._score(group.uid)),) * len(group.completion_lengths) for group in groups]
+        return [(Score(self._score(group.uid), error="busy"),) * len(group.completion_lengths) for group in groups]
 
-    def _score(self, uid: str) -> float:
+    def _score(self, uid: str) -> float | None:
         return self._scores[int(uid[1 : uid.index("/")])] if uid.startswith("v") else 0.0
 
 
@@ -87,7 +89,7 @@ class Recorder:
 class FakeStage(_OnlineRun):
     """The stage with its roles replaced."""
 
-    def __init__(self, context: RunContext, stage: OnlineStage, scores: Mapping[int, float]) -> None:
+    def __init__(self, context: RunContext, stage: OnlineStage, scores: Mapping[int, float | None]) -> None:
         self.learner: Any = CountingLearner()
         self.fakes = FakeRun(version=START_VERSION)
         publisher: Any = self.fakes
@@ -192,3 +194,52 @@ def test_the_best_is_that_of_all_drivers_of_a_run(tmp_path: Path) -> None:
     assert len(second.fakes.recorded) == 1, "it went on at step 3"
     assert results["selected_step"] == 2
     assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == "2"
+
+
+def test_a_validation_without_its_scores_stops_the_run_and_is_made_again(tmp_path: Path) -> None:
+    context, stage = open_stage(tmp_path, 3)
+    with pytest.raises(MissingFeedbackError, match="1 of 1 missing.*busy") as caught:
+        run_stage(FakeStage(context, stage, {1: 0.1, 2: None, 3: 0.4}))
+    assert caught.value.where == "scores of rl's validation 2"
+    context, stage = open_stage(tmp_path, 3)
+    second = FakeStage(context, stage, {1: 0.1, 2: 0.9, 3: 0.4})
+    assert run_stage(second)["selected_step"] == 2
+    assert len(second.fakes.recorded) == 2, "it went on at step 1"
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL: nothing after it is done."""
+
+
+def test_a_kill_between_a_save_and_its_mark_loses_no_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {1: 0.1, 2: 0.9, 3: 0.4}
+    mark_best = checkpoint.mark_best
+
+    def killed_at_two(directory: Path, step: int, *args: Any) -> bool:
+        if step == 2:
+            raise KilledError
+        return mark_best(directory, step, *args)
+
+    context, stage = open_stage(tmp_path, 3)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(checkpoint, "mark_best", killed_at_two)
+        run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 3)
+    second = FakeStage(context, stage, scores)
+    results = run_stage(second)
+    assert len(second.fakes.recorded) == 1, "it went on at step 2"
+    assert results["selected_step"] == 2
+    assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == "2"
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    scores = dict.fromkeys(range(1, 4), 0.5)
+    context, stage = open_stage(tmp_path, 3)
+    run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 2)
+    with pytest.raises(ConfigError, match="stage rl: loop.steps: found 2, and a checkpoint of step 3"):
+        run_stage(FakeStage(context, stage, scores))
+    context, stage = open_stage(tmp_path, 3)
+    assert run_stage(FakeStage(context, stage, scores))["steps"] == 3, "nothing was spoilt"

@@ -1,4 +1,4 @@
-"""At which temperature an offline stage learns, and how it shows its steps."""
+"""At which temperature an offline stage learns, how it shows its steps, and what it says of its speed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 
 from cluster.config import RunConfig
-from cluster.stages.offline import _shown, learning_temperature
+from cluster.context import Policy, RunContext
+from cluster.stages import offline
+from cluster.stages.offline import SupervisedStage, _shown, learning_temperature, run_offline
 from rlhf.config import validate
+from rlhf.loops.gate import BudgetGate
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.events import read_events
+from rlhf.runs.files import write_json
 from rlhf.runs.follow import STEPS_KNOWN
 from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.timings import Timings
 
 JUDGED = {"kind": "feedback"}
 PEOPLE = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
@@ -75,3 +80,32 @@ def test_a_display_that_fails_ends_no_training(tmp_path: Path) -> None:
 
     asyncio.run(train())
     assert [event["kind"] for event in read_events(run.events.path)] == [STEPS_KNOWN, "progress_lost"]
+
+
+def test_what_the_ranks_trained_on_is_the_learners_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {"name": "x", "model": "m", "stages": [{"kind": "sft", "data": {"path": "records.jsonl"}}]}
+    config = validate(RunConfig, document, "test")
+    [stage] = config.stages
+    assert isinstance(stage, SupervisedStage)
+    run = RunDirectory(tmp_path)
+    context = RunContext(
+        config=config,
+        run=run,
+        start=Policy(tmp_path, 0),
+        policy=Policy(tmp_path, 0),
+        timings=Timings(),
+        metrics=MetricsLogger(run.metrics),
+        gate=BudgetGate({}),
+        inputs={},
+    )
+
+    async def trained(context: RunContext, job: Any) -> None:
+        folder = run.checkpoints(job.stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"num_groups": 3, "num_held_out": 1, "trained": {"tokens": 300, "seconds": 2.0}}
+        write_json(folder / "results.json", found)
+
+    monkeypatch.setattr(offline, "_fit", trained)
+    results = asyncio.run(run_offline(context, stage))
+    assert context.timings.throughput() == {"learner": 150.0}
+    assert results == {"num_groups": 3, "num_held_out": 1, "policy": "sft/policy", "version": 1}

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.errors import ConfigError, NonFiniteError
-from rlhf.loops.offline import OfflineConfig, OfflineHooks, check_batches, epoch_batches, num_steps, train_offline
+from rlhf.loops.offline import (
+    OfflineConfig,
+    OfflineHooks,
+    check_batches,
+    check_first_step,
+    epoch_batches,
+    num_steps,
+    tokens_from,
+    train_offline,
+)
 from rlhf.types import TrainGroup
 
 GROUPS = st.integers(1, 60)
@@ -164,3 +173,24 @@ def test_a_batch_that_passes_the_check_gives_every_rank_a_group(num_groups, size
         return
     for batch in epoch_batches(num_groups, size, seed=0, epoch=0):
         assert all(len(batch[rank::num_ranks]) for rank in range(num_ranks))
+
+
+def test_fewer_steps_than_are_done_are_refused():
+    check_first_step(6, 6, "stage sft: loop.epochs")
+    with pytest.raises(ConfigError, match="stage sft: loop.epochs: found 6 steps, and a checkpoint of step 7"):
+        check_first_step(7, 6, "stage sft: loop.epochs")
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 6])
+def test_the_tokens_of_a_training_are_those_of_the_batches_that_it_made(first_step):
+    short, long = np.arange(2, dtype=np.int32), np.arange(7, dtype=np.int32)
+    groups = [TrainGroup(f"g{i}", short, (long,) * (1 + i % 3)) for i in range(8)]
+    config = OfflineConfig(epochs=2, groups_per_step=3)
+    ranks = [Rank(), Rank()]
+    for rank, learner in enumerate(ranks):
+        of_rank = {"rank": rank, "num_ranks": 2, "seed": 3, "first_step": first_step}
+        train_offline(learner, groups, [], config, learner.hooks, **of_rank)
+    by_uid = {group.uid: 2 + 7 * len(group.completion_ids) for group in groups}
+    expected = sum(by_uid[uid] for learner in ranks for share in learner.shares for uid in share)
+    assert tokens_from(groups, config, seed=3, first_step=first_step) == expected
+    assert (expected == 0) == (first_step == 6)

@@ -78,6 +78,11 @@ def test_a_complete_stage_keeps_its_settings(tmp_path: Path) -> None:
     opened(tmp_path / "run", Config(stages=(Stage(), Stage(name="sft", steps=20)))).close()  # that one is still open
 
 
+@pytest.mark.parametrize("key", ["stages.0.max_missing_fraction", "stages.4.loop.max_missing_fraction"])
+def test_what_an_error_advises_to_change_may_change(key: str) -> None:
+    assert _matches_any(key, RESUMABLE_KEYS)
+
+
 @pytest.mark.parametrize("key", ["logging.level", "placement.learner"])
 def test_keys_that_no_recipe_has_are_not_listed_as_changeable(key: str) -> None:
     assert not _matches_any(key, RESUMABLE_KEYS)

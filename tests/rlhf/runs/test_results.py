@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.deepspeed.config import OptimConfig
+from actors.settings import LearnerConfig
 from rlhf.errors import ConfigError, RecordError
+from rlhf.evaluation.bootstrap import BootstrapConfig
 from rlhf.evaluation.completions import from_wide, to_wide
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
@@ -102,6 +105,25 @@ def test_policy_card(tmp_path: Path, summary: Summary) -> None:
     assert "| follows the request |" in body and "follows the request, scathing" in body
     assert "Criterion not met: `num_prompts`" in body and "its own kind" in body
     assert "Seed 1. Made with python 3.11.7, torch 2.13.0." in body
+
+
+def test_a_card_tells_the_rate(tmp_path: Path, summary: Summary) -> None:
+    learner = LearnerConfig(optim=OptimConfig(lr=2e-6)).model_dump(mode="json")
+    stage = {"name": "sft", "kind": "sft", "learner": learner}
+    assert "learner.optim.lr 2e-06" in write_policy_card(tmp_path, summary, {"stages": [stage]}).read_text()
+
+
+@pytest.mark.parametrize(("confidence", "told"), [(0.9, "90 %"), (0.95, "95 %"), (0.999, "99.9 %")])
+def test_a_reader_is_told_the_confidence_of_the_intervals(
+    confidence: float, told: str, tmp_path: Path, summary: Summary
+) -> None:
+    card = ReportCardConfig(bootstrap=BootstrapConfig(confidence=confidence, num_resamples=100))
+    graded = summary.model_copy(update={"eval": grade(eval_rows(8), card)})
+    assert f"held-out prompts, {told} intervals" in format_summary(graded)
+    assert f"held-out prompts, {told} bootstrap intervals" in write_policy_card(tmp_path, graded, {}).read_text()
+    run = build_finished_run(tmp_path / "run")
+    write_summary(run.summary, graded)
+    assert f"held-out prompts; {told} intervals" in write_report(run.root).read_text()
 
 
 def test_reward_model_card(tmp_path: Path, summary: Summary) -> None:
