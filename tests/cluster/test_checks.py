@@ -374,6 +374,30 @@ def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_
     assert outcome(folder, recipe, capsys)[0] == 3
 
 
+def test_a_stage_by_name_waits_for_its_turn(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    path = recipes.write_recipe(folder, good(folder, tiny_model_dir))
+    run = RunDirectory(folder / "run")
+
+    def chosen(name: str) -> tuple[int, str]:
+        try:
+            code = cli.main(["run", str(path), "--stage", name])
+        except Started:
+            code = 0
+        return code, capsys.readouterr().err
+
+    code, error = chosen("evaluate")
+    assert (code, "stage feedback before it, which is not complete" in error) == (2, True), error
+    assert not (folder / "run").exists()
+    assert chosen("feedback") == (0, "")
+    run.complete("feedback", {})
+    code, error = chosen("rl")
+    assert (code, "stage reward before it" in error) == (2, True), error
+    for name in ("reward", "rl"):
+        run.complete(name, {})
+    code, error = chosen("sft")
+    assert (code, "stage rl after it, which is complete without it" in error) == (2, True), error
+
+
 def test_of_a_complete_run_nothing_but_the_recipe_is_looked_at(
     folder: Path, tiny_model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
