@@ -67,6 +67,8 @@ class RunDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock: int | None = None
+        self._written: list[Path] = []
+        """What ``open`` made of a run that is new."""
 
     @classmethod
     def open(
@@ -112,6 +114,15 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Takes back what ``open`` made of a run that is new and was refused after all; any other stays as it is."""
+        for path in reversed(self._written):
+            if path != self.root:
+                path.unlink(missing_ok=True)
+            elif not any(self.root.iterdir()):
+                self.root.rmdir()
+        self._written = []
 
     # Paths
 
@@ -225,6 +236,7 @@ class RunDirectory:
 
     def _acquire(self) -> None:
         self._check_kind()
+        is_new = not self.root.is_dir()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -250,6 +262,8 @@ class RunDirectory:
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")})
         os.pwrite(descriptor, holder.encode(), 0)
         self._lock = descriptor
+        if is_new:
+            self._written = [self.root, self.root / _LOCK]
 
     def _check_kind(self) -> None:
         needed, action = "a new, empty or run directory", "Set run_dir to another path."
@@ -270,7 +284,9 @@ class RunDirectory:
             write_json(self.environment, environment)
             write_text(self.config, to_yaml(new))  # last: its presence makes this a run directory
             self.events.record("created")
+            self._written += [self.environment, self.events.path, self.config]
             return
+        self._written = []
         old = self.resolved_config()
         changes = config_changes(old, new)
         refused = [key for key in changes if not _matches_any(key, resumable)]
