@@ -232,6 +232,20 @@ class RunDirectory:
         document: dict[str, Any] = parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         return document
 
+    def is_held(self) -> bool:
+        """Whether a driver is at work, on this machine or another one that shares the file system's locks."""
+        try:
+            descriptor = os.open(self.root / _LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     # Opening
 
     def _acquire(self) -> None:
