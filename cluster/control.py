@@ -48,7 +48,7 @@ def request_scale(run: Path, wanted: Mapping[str, int]) -> None:
     """Leaves the wanted number of replicas for the driver, which looks every second.
 
     Raises:
-        ConfigError: Not a run directory, or no driver is at work there: the next one drops what it was not asked itself.
+        ConfigError: Not a run directory, or no driver is at work: the next one drops what others were asked.
     """
     _folder(run)
     if not RunDirectory(run).is_held():
