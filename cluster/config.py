@@ -117,7 +117,7 @@ class RunConfig(StrictModel):
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return self.run_dir or Path("runs") / self.name
+        return (self.run_dir or Path("runs") / self.name).expanduser()
 
     def count(self, role: str) -> int:
         """Actors of a role at the start."""
@@ -285,7 +285,7 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
     """Makes the paths of a recipe absolute, so that the kept config runs from anywhere."""
 
     def absolute(value: Path | None) -> Path | None:
-        return None if value is None else (base / value).resolve()
+        return None if value is None else _anchored_path(value, base)
 
     data = {
         name: section.model_copy(update={"path": str(absolute(Path(section.path)))})
@@ -307,10 +307,14 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
     )
 
 
+def _anchored_path(path: Path, base: Path) -> Path:
+    return (base / path.expanduser()).resolve()
+
+
 def _anchored_stage(stage: Stage, base: Path) -> Stage:
     update: dict[str, Any] = {}
     if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
-        update["data"] = stage.data.model_copy(update={"path": str((base / stage.data.path).resolve())})
+        update["data"] = stage.data.model_copy(update={"path": str(_anchored_path(Path(stage.data.path), base))})
     for part, learner in learners_of(stage).items():
         if learner.model.path:
             model = learner.model.model_copy(update={"path": anchor_model(learner.model.path, base)})

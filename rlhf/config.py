@@ -114,7 +114,7 @@ def load_file(path: Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: include", found=repr(includes), needed="a list of paths", action="Mend the key.")
     merged: dict[str, Any] = {}
     for name in includes:
-        merged = merge(merged, load_file(path.parent / name, (*_open, path)))
+        merged = merge(merged, load_file(path.parent / Path(name).expanduser(), (*_open, path)))
     return merge(merged, document)
 
 
