@@ -27,12 +27,12 @@ class CheckedInputs:
 
     Attributes:
         prompts: By purpose: ``train``, ``validation``, ``evaluation``.
-        files: Data files and constitutions by config key, for the run's fingerprints.
+        files: Data files by config key, and the fingerprints of the constitutions, which cover templates and includes.
         model: The start model's local folder.
     """
 
     prompts: dict[str, list[Prompt]]
-    files: dict[str, Path]
+    files: dict[str, Path | str]
     model: Path
 
 
@@ -47,19 +47,18 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     from rlhf.data.formats import read_rows
     from rlhf.models.load import load_tokenizer
 
-    constitutions, files = _load_constitutions(config)
+    constitutions = _load_constitutions(config)
     sections = {
         name: section
         for name in ("train", "validation", "evaluation")
         if (section := getattr(config.data, name)) is not None
     }
-    files |= {f"data.{name}": Path(section.path) for name, section in sections.items()}
+    files = {f"data.{name}": Path(section.path) for name, section in sections.items()}
     for stage in config.stages:
         if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
             files[f"stages.{stage.name}"] = Path(stage.data.path)
-    for key, path in files.items():
-        if key.startswith(("data.", "stages.")):
-            read_rows(str(path))  # the file's own faults come before the model is looked for
+    for path in files.values():
+        read_rows(str(path))  # the file's own faults come before the model is looked for
     folders = _resolve_models(config)
     model = folders["model"]
     _check_engines(config, folders)
@@ -76,16 +75,15 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     for stage in config.stages:
         _check_judging(stage, constitutions)
         _check_grading(config, stage, prompts)
-    return CheckedInputs(prompts, files, model)
+    told = {f"constitutions.{name}": constitution.fingerprint for name, constitution in constitutions.items()}
+    return CheckedInputs(prompts, files | told, model)
 
 
-def _load_constitutions(config: RunConfig) -> tuple[dict[str, Constitution], dict[str, Path]]:
+def _load_constitutions(config: RunConfig) -> dict[str, Constitution]:
     from rlhf.feedback.constitution import load_constitution
 
     paths = {name: getattr(config.constitutions, name) for name in ("training", "evaluation")}
-    given: dict[str, Path] = {name: path for name, path in paths.items() if path is not None}
-    constitutions = {name: load_constitution(path) for name, path in given.items()}
-    return constitutions, {f"constitutions.{name}": path for name, path in given.items()}
+    return {name: load_constitution(path) for name, path in paths.items() if path is not None}
 
 
 # Models

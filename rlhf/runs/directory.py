@@ -76,7 +76,7 @@ class RunDirectory:
         root: Path,
         config: BaseModel,
         *,
-        data: Mapping[str, Path] | None = None,
+        data: Mapping[str, Path | str] | None = None,
         resumable: Sequence[str] = RESUMABLE_KEYS,
     ) -> Self:
         """Creates the directory, or resumes it if its config allows.
@@ -84,8 +84,8 @@ class RunDirectory:
         Args:
             root: The directory; new, empty or a run's.
             config: The resolved configuration.
-            data: Data files by name; their fingerprints must not change over a run's life. None does not look at them:
-                for a run that reads them no more.
+            data: Data files, or fingerprints, by name; the fingerprints must not change over a run's life. None does
+                not look at them: for a run that reads them no more.
             resumable: Patterns of keys that may differ from the config that the run was started with, but not of a
                 stage that is complete.
 
@@ -290,7 +290,7 @@ class RunDirectory:
             found = f"a directory with {others[0]!r} and no config.yaml"
             raise ConfigError(str(self.root), found=found, needed=needed, action=action)
 
-    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path] | None, resumable: Sequence[str]) -> None:
+    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path | str] | None, resumable: Sequence[str]) -> None:
         # Secrets are hidden before the text is parsed back, so both sides of the comparison have them hidden alike.
         new = redact(parse_yaml(dump(config), "config"))
         environment = describe_environment(data or {})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import cli, runner
 from rlhf.runs.directory import RunDirectory
@@ -356,6 +357,25 @@ def test_a_run_directory_of_another_config_is_refused_with_the_difference(
     code, error = outcome(folder, recipe, capsys)
     assert code == 2
     assert "sampling.temperature" in error and "0.5" in error
+
+
+@pytest.mark.parametrize("part", ["template", "include"])
+def test_a_run_does_not_go_on_under_a_judge_that_is_told_something_else(
+    part: str, folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    path = folder / recipe["constitutions"]["training"]
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (folder / "more.yaml").write_text(yaml.safe_dump({"principles": document.pop("principles")}), encoding="utf-8")
+    path.write_text(yaml.safe_dump(document | {"include": "more.yaml"}), encoding="utf-8")
+    assert outcome(folder, recipe, capsys) == (0, "")
+    path.write_text("# a remark\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert outcome(folder, recipe, capsys) == (0, "")
+    changed = folder / {"template": document["template"], "include": "more.yaml"}[part]
+    text = changed.read_text(encoding="utf-8")
+    changed.write_text(text.replace("principles: ", "principles: Not so. ") if part == "include" else "Hm. " + text)
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "data.constitutions.training" in error) == (2, True), error
 
 
 def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_smaller_recipe(
