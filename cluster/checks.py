@@ -270,7 +270,6 @@ def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[P
     """Columns and signs that a stage grades by are there, and so is the independent scorer where it is used."""
     from rlhf.evaluation.independent import VaderScorer
     from rlhf.evaluation.instruments import choose_instruments, require_signs
-    from rlhf.evaluation.report_card import ReportCardConfig
 
     where = f"stage {stage.name}"
     if isinstance(stage, EvaluateStage):
@@ -282,5 +281,5 @@ def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[P
         if "sentiment" in chosen:
             VaderScorer()
     elif isinstance(stage, FeedbackStage) and stage.measure_agreement:
-        require_signs(prompts["train"][: stage.num_prompts or None], ReportCardConfig(), where)
+        require_signs(prompts["train"][: stage.num_prompts or None], config.report_card, where)
         VaderScorer()

@@ -20,6 +20,7 @@ from cluster.topology import SMALL_ROLES, Resources, RolePlan
 from rlhf.config import StrictModel, apply_overrides, load_file, validate
 from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
+from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.models.resolve import anchor_model
 from rlhf.runs.names import NOT_STAGES, RUN_FOLDERS, is_stage_name, validation_stage
 from rlhf.sampling import SamplingConfig
@@ -118,6 +119,11 @@ class RunConfig(StrictModel):
     def directory(self) -> Path:
         """The run directory."""
         return (self.run_dir or Path("runs") / self.name).expanduser()
+
+    @property
+    def report_card(self) -> ReportCardConfig:
+        """What columns and signs mean, for measures outside an evaluation: as the first evaluate stage says."""
+        return next((stage.report_card for stage in self.stages if isinstance(stage, EvaluateStage)), ReportCardConfig())
 
     def count(self, role: str) -> int:
         """Actors of a role at the start."""

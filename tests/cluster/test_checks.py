@@ -338,6 +338,22 @@ def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir:
     assert outcome(folder, recipe, capsys) == (0, "")
 
 
+def test_agreement_is_measured_by_the_evaluations_own_columns_and_signs(folder: Path, tiny_model_dir, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    row = json.dumps({"prompt": "Write.", "request": "scathing", "mood": "glad"})
+    write("prompts.jsonl", row)(recipe, folder)
+    card = {"slice_field": "mood", "independent": {"request_signs": {"glad": 1}}}
+    recipe["stages"][5]["report_card"] = card
+    for data in recipe["data"].values():
+        data["path"] = "prompts.jsonl"
+    assert outcome(folder, recipe, capsys) == (0, "")
+    card["independent"]["request_signs"] = {"gloomy": -1}
+    recipe["data"]["evaluation"]["path"] = "gloomy.jsonl"
+    write("gloomy.jsonl", row.replace("glad", "gloomy"))(recipe, folder)
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "stage feedback, prompt prompts/00000: found mood = 'glad'" in error) == (2, True), error
+
+
 def test_the_tokenizer_of_a_stages_own_model_reads_its_file(folder: Path, tiny_model_dir: Path, capsys) -> None:
     recipe = good(folder, tiny_model_dir)
     other = folder / "other"
