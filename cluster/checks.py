@@ -65,6 +65,7 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     _check_models(config, folders)
     _check_judge(config, constitutions, folders)
     tokenizer = load_tokenizer(str(model))
+    _check_vocabularies(config, tokenizer, folders)
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
     _check_stage_data(config, tokenizer, folders)
     evaluated: set[str] = {stage.split for stage in config.stages if isinstance(stage, EvaluateStage)}
@@ -139,6 +140,27 @@ def _check_models(config: RunConfig, folders: Mapping[str, Path]) -> None:
                 policy = folder
             if part == "learner":
                 written |= {config.directory.resolve() / name: folder for name in _written_by(stage)}
+
+
+def _check_vocabularies(config: RunConfig, tokenizer: Any, folders: Mapping[str, Path]) -> None:
+    """Token ids go from stage to stage: what reads them knows all that the start model has, a policy no others."""
+    from rlhf.models.load import load_tokenizer
+
+    start = tokenizer.get_vocab()
+    for index, stage in enumerate(config.stages):
+        for part in learners_of(stage):
+            key = f"stages.{index}.{part}.model.path"
+            if key not in folders:
+                continue
+            own = load_tokenizer(str(folders[key])).get_vocab()
+            only_reads = isinstance(stage, RewardStage) or part == "critic"
+            if own != start and not (only_reads and start.items() <= own.items()):
+                raise ConfigError(
+                    key,
+                    found=f"{folders[key]}, whose tokenizer has another vocabulary",
+                    needed=f"that of the start model, {folders['model']}",
+                    action="Choose a model of the same family, or start the run from this one (`model`).",
+                )
 
 
 def _written_by(stage: Stage) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from cluster import cli, runner
 from rlhf.runs.directory import RunDirectory
@@ -321,6 +322,42 @@ def test_people_need_no_judge_and_their_prompts_no_request(folder: Path, tiny_mo
     recipe["stages"][0] = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
     recipe["stages"][4]["rewards"] = [{"source": "reward_model"}]
     assert outcome(folder, recipe, capsys) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("index", "part", "change", "code"),
+    [
+        *((index, "learner", "swapped", 2) for index in (1, 2, 3)),
+        (4, "critic", "swapped", 2),
+        (1, "learner", "more", 0),
+        (3, "learner", "more", 2),
+    ],
+)
+def test_a_model_of_another_vocabulary_is_refused_with_both_names(
+    index: int, part: str, change: str, code: int, folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    other = folder / "other"
+    shutil.copytree(tiny_model_dir, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    if change == "more":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
+        tokenizer.save_pretrained(other)
+    else:
+        path = other / "tokenizer.json"
+        document = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = document["model"]["vocab"]
+        first, second = sorted(vocabulary)[:2]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(document), encoding="utf-8")
+    if part == "critic":
+        recipe["stages"][index] |= {"critic": recipes.learner(), "algorithm": {"name": "ppo"}}
+    recipe["stages"][index][part]["model"]["path"] = str(other)
+    found, error = outcome(folder, recipe, capsys)
+    assert found == code, error
+    if code:
+        assert error.startswith(f"ConfigError: stages.{index}.{part}.model.path: ")
+        assert str(other) in error and str(tiny_model_dir) in error
 
 
 def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir: Path, capsys) -> None:
