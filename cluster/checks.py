@@ -134,6 +134,14 @@ def _check_models(config: RunConfig, folders: Mapping[str, Path]) -> None:
                     needed=error.needed,
                     action=error.action,
                 ) from error
+            longest = _context_of(folder)
+            if longest is not None and config.max_sequence_tokens > longest:
+                raise ConfigError(
+                    "max_sequence_tokens",
+                    found=f"{config.max_sequence_tokens}",
+                    needed=f"at most {longest}, the context of {folder}, which stage {stage.name} trains",
+                    action="Lower it.",
+                )
             if is_reward:
                 reward_model = folder
             elif part == "learner":
@@ -189,8 +197,6 @@ def _resolve_models(config: RunConfig) -> dict[str, Path]:
 
 def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
     """An engine has heads for all its GPUs, and no longer a context than its model's, where that is a plain number."""
-    from rlhf.runs.files import read_json
-
     roles = config.roles
     engines = {"generation": (roles.generation.engine, folders["model"])}
     if roles.judge.endpoint is None:
@@ -202,17 +208,24 @@ def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
         check_heads(role, engine.tensor_parallel_size, folder)
         if not config.resources(role).gpus:
             engine.check_cpu(f"roles.{role}.engine.")
-        settings = read_json(folder / "config.json")
-        longest = settings.get("max_position_embeddings")
-        scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-        is_plain = isinstance(longest, int) and scaling.get("rope_type", "default") == "default"
-        if is_plain and engine.max_model_len > longest:
+        longest = _context_of(folder)
+        if longest is not None and engine.max_model_len > longest:
             raise ConfigError(
                 f"roles.{role}.engine.max_model_len",
                 found=f"{engine.max_model_len}",
                 needed=f"at most {longest}, the context of {folder}",
                 action="Lower it, and max_sequence_tokens with it.",
             )
+
+
+def _context_of(folder: Path) -> int | None:
+    """The longest sequence that a model was made for, where that is a plain number."""
+    from rlhf.runs.files import read_json
+
+    settings = read_json(folder / "config.json")
+    longest = settings.get("max_position_embeddings")
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    return longest if isinstance(longest, int) and scaling.get("rope_type", "default") == "default" else None
 
 
 # Data and constitutions, stage by stage

@@ -105,7 +105,8 @@ class RunConfig(StrictModel):
         _check_names(self.stages)
         if self.sampling.max_tokens >= self.max_sequence_tokens:
             raise ValueError(f"max_sequence_tokens above sampling.max_tokens ({self.sampling.max_tokens})")
-        if self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
+        generates = any("generation" in roles_of(self, stage) for stage in self.stages)
+        if generates and self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
             raise ValueError("roles.generation.engine.max_model_len at least max_sequence_tokens")
         for stage in self.stages:
             _check_stage(self, stage)

@@ -360,6 +360,19 @@ def test_a_model_of_another_vocabulary_is_refused_with_both_names(
         assert str(other) in error and str(tiny_model_dir) in error
 
 
+def test_the_context_of_what_is_trained_counts_where_no_engine_starts(folder: Path, tiny_model_dir, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    people = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
+    recipe["stages"] = [people, *recipe["stages"][1:3]]
+    recipe["max_sequence_tokens"] = 512  # above the generation engine's, which nobody uses
+    assert outcome(folder, recipe, capsys) == (0, "")
+    shutil.rmtree(folder / "run")
+    recipe["max_sequence_tokens"] = 513
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "max_sequence_tokens: found 513; needed at most 512, the context of" in error) == (2, True), error
+    assert "stage reward" in error
+
+
 def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir: Path, capsys) -> None:
     recipe = good(folder, tiny_model_dir)
     write("bare.jsonl", json.dumps({"prompt": "Write."}))(recipe, folder)
