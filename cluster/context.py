@@ -240,7 +240,7 @@ class RunContext:
                 info = RankInfo(
                     rank=rank,
                     world_size=section.ranks,
-                    threads=resources.threads or os.cpu_count() or 1,
+                    threads=resources.threads or 0,
                     device="cuda" if resources.gpus else "cpu",
                 )
                 variables = {"DS_ACCELERATOR": info.device}
