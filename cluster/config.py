@@ -124,7 +124,9 @@ class RunConfig(StrictModel):
     @property
     def report_card(self) -> ReportCardConfig:
         """What columns and signs mean, for measures outside an evaluation: as the first evaluate stage says."""
-        return next((stage.report_card for stage in self.stages if isinstance(stage, EvaluateStage)), ReportCardConfig())
+        return next(
+            (stage.report_card for stage in self.stages if isinstance(stage, EvaluateStage)), ReportCardConfig()
+        )
 
     def count(self, role: str) -> int:
         """Actors of a role at the start."""

@@ -290,7 +290,9 @@ class RunDirectory:
             found = f"a directory with {others[0]!r} and no config.yaml"
             raise ConfigError(str(self.root), found=found, needed=needed, action=action)
 
-    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path | str] | None, resumable: Sequence[str]) -> None:
+    def _write_or_check(
+        self, config: BaseModel, data: Mapping[str, Path | str] | None, resumable: Sequence[str]
+    ) -> None:
         # Secrets are hidden before the text is parsed back, so both sides of the comparison have them hidden alike.
         new = redact(parse_yaml(dump(config), "config"))
         environment = describe_environment(data or {})
