@@ -132,6 +132,7 @@ def relabelled(recipe: dict[str, Any], folder: Path) -> None:
     constitution.write_text(text.replace('" yes"', '" positive"'), encoding="utf-8")
 
 
+unmeasured = put("stages", 0, "measure_agreement", value=False)
 ENDPOINT = {"base_url": "https://judge.example/v1", "model": "m", "api_key_variable": "NO_SUCH_KEY_IS_SET"}
 ROW = json.dumps({"request": "scathing", "subject": "x", "prompt": "Write."})
 
@@ -229,11 +230,11 @@ BAD: dict[str, tuple[Change, str]] = {
         "request = 'lukewarm'",
     ),
     "a request that the independent scorer does not know": (
-        put("stages", 5, "report_card", value={"slice_field": "genre"}),
+        both(unmeasured, put("stages", 5, "report_card", value={"slice_field": "genre"})),
         "stage evaluate: report_card.slice_field, prompt p/0: found no 'genre'",
     ),
     "a request that has no sign beside others that have": (
-        put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}}),
+        both(unmeasured, put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}})),
         "stage evaluate, prompt p/0: found request = 'enthusiastic'; needed request in ['scathing']",
     ),
     "no key of the judging service": (
