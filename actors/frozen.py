@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ class FrozenWorker(ABC):
         model: The model's folder.
         store: Where rollouts live.
         dtype: What it computes in.
-        threads: CPU threads; None leaves torch's default.
+        threads: CPU threads; None takes every core of its node, where the environment says how many the driver's has,
+            and leaves torch's default elsewhere.
         max_tokens_per_batch: Most padded tokens of one forward pass.
         device: Where it runs; None takes a GPU where this process has one.
     """
@@ -50,8 +52,11 @@ class FrozenWorker(ABC):
 
     def start(self) -> None:
         """Loads the model and what belongs to it."""
+        cores = os.cpu_count() or 1
         if self._threads:
             torch.set_num_threads(self._threads)
+        elif os.environ.get("OMP_NUM_THREADS", str(cores)) != str(cores):  # else torch has taken them by itself
+            torch.set_num_threads(cores)
         self._loaded = self._load().eval().to(self._device)
 
     @abstractmethod

@@ -23,10 +23,13 @@ from rlhf.errors import JudgeError
 from rlhf.feedback.constitution import Constitution
 from rlhf.feedback.labels import bare_label, check_chat_labels
 from rlhf.feedback.prompts import JudgeRequest
+from rlhf.runs.redact import HIDDEN, redact_text
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
+_LONGEST_WORD = 200
+"""Characters of what a service said that an error repeats."""
 _LONGEST_PAUSE_S = 8.0
 """Between two tries, by the client."""
 
@@ -120,10 +123,13 @@ class OpenAIJudgeWorker(JudgeBase):
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise JudgeError(
                 self._judge,
-                found=f"status {error.status_code}",
+                found=self._said(error),
                 needed="a service that knows the key and the model",
                 action=f"Check base_url, model and the variable {self._endpoint.api_key_variable}.",
             ) from None
+        except openai.APIStatusError as error:
+            refused = f", {self._said(error)}" if error.status_code < 500 else ""  # of itself it has less to say
+            return Answer(None, f"the service failed: {type(error).__name__}{refused}")
         except openai.APIError as error:
             return Answer(None, f"the service failed: {type(error).__name__}")
         try:
@@ -134,6 +140,18 @@ class OpenAIJudgeWorker(JudgeBase):
         except _RefusedError:
             return Answer(None, "the judge refused")
         return dataclasses.replace(self._answer(request, found), num_tokens=_tokens_read(text))
+
+    def _said(self, error: APIStatusError) -> str:
+        """Status and the first line of what the service said: one line of text from outside, without our key."""
+        body: Any = error.body
+        said = body.get("message") if isinstance(body, Mapping) else body
+        if not isinstance(said, str) or not said.strip():
+            return f"status {error.status_code}"
+        line = said.strip().splitlines()[0]
+        if self._endpoint.api_key_variable is not None:
+            line = line.replace(self._endpoint.key().get_secret_value(), HIDDEN)
+        line = "".join(letter if letter.isprintable() else " " for letter in redact_text(line))
+        return f"status {error.status_code}: {line[:_LONGEST_WORD]}"
 
     async def _reply(self, request: JudgeRequest) -> str:
         """Returns the reply's body as it came; what it holds is for the caller to check."""

@@ -7,6 +7,7 @@ not change what is learned.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,8 +125,8 @@ class LearnerWorker:
     def start(self) -> None:
         """Joins the process group and loads the model."""
         config = self._config
-        if self._info.threads:
-            torch.set_num_threads(self._info.threads)
+        if self._info.threads is not None:
+            torch.set_num_threads(self._info.threads or os.cpu_count() or 1)
         seed = config.seed or 0  # in a recipe's learner it is set, to the run's where it was not given
         torch.manual_seed(seed)
         self._group = ProcessGroup(self._info, timeout_s=config.deepspeed.collective_timeout_s)

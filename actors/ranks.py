@@ -25,7 +25,7 @@ class RankInfo:
         world_size: Ranks of the gang.
         master_address: Host of rank 0.
         master_port: Port there; 0 lets a gang of one choose, larger gangs are told by ``join``.
-        threads: CPU threads of this rank; None leaves torch's default.
+        threads: CPU threads of this rank; 0 takes every core of its node, None leaves torch's default.
         device: What the model runs on.
     """
 

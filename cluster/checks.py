@@ -27,12 +27,12 @@ class CheckedInputs:
 
     Attributes:
         prompts: By purpose: ``train``, ``validation``, ``evaluation``.
-        files: Data files and constitutions by config key, for the run's fingerprints.
+        files: Data files by config key, and the fingerprints of the constitutions, which cover templates and includes.
         model: The start model's local folder.
     """
 
     prompts: dict[str, list[Prompt]]
-    files: dict[str, Path]
+    files: dict[str, Path | str]
     model: Path
 
 
@@ -47,25 +47,25 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     from rlhf.data.formats import read_rows
     from rlhf.models.load import load_tokenizer
 
-    constitutions, files = _load_constitutions(config)
+    constitutions = _load_constitutions(config)
     sections = {
         name: section
         for name in ("train", "validation", "evaluation")
         if (section := getattr(config.data, name)) is not None
     }
-    files |= {f"data.{name}": Path(section.path) for name, section in sections.items()}
+    files = {f"data.{name}": Path(section.path) for name, section in sections.items()}
     for stage in config.stages:
         if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
             files[f"stages.{stage.name}"] = Path(stage.data.path)
-    for key, path in files.items():
-        if key.startswith(("data.", "stages.")):
-            read_rows(str(path))  # the file's own faults come before the model is looked for
+    for path in files.values():
+        read_rows(str(path))  # the file's own faults come before the model is looked for
     folders = _resolve_models(config)
     model = folders["model"]
     _check_engines(config, folders)
     _check_models(config, folders)
     _check_judge(config, constitutions, folders)
     tokenizer = load_tokenizer(str(model))
+    _check_vocabularies(config, tokenizer, folders)
     prompts = {name: load_prompts(section, tokenizer, config.max_prompt_tokens) for name, section in sections.items()}
     _check_stage_data(config, tokenizer, folders)
     evaluated: set[str] = {stage.split for stage in config.stages if isinstance(stage, EvaluateStage)}
@@ -76,16 +76,15 @@ def check_inputs(config: RunConfig) -> CheckedInputs:
     for stage in config.stages:
         _check_judging(stage, constitutions)
         _check_grading(config, stage, prompts)
-    return CheckedInputs(prompts, files, model)
+    told = {f"constitutions.{name}": constitution.fingerprint for name, constitution in constitutions.items()}
+    return CheckedInputs(prompts, files | told, model)
 
 
-def _load_constitutions(config: RunConfig) -> tuple[dict[str, Constitution], dict[str, Path]]:
+def _load_constitutions(config: RunConfig) -> dict[str, Constitution]:
     from rlhf.feedback.constitution import load_constitution
 
     paths = {name: getattr(config.constitutions, name) for name in ("training", "evaluation")}
-    given: dict[str, Path] = {name: path for name, path in paths.items() if path is not None}
-    constitutions = {name: load_constitution(path) for name, path in given.items()}
-    return constitutions, {f"constitutions.{name}": path for name, path in given.items()}
+    return {name: load_constitution(path) for name, path in paths.items() if path is not None}
 
 
 # Models
@@ -135,12 +134,41 @@ def _check_models(config: RunConfig, folders: Mapping[str, Path]) -> None:
                     needed=error.needed,
                     action=error.action,
                 ) from error
+            longest = _context_of(folder)
+            if longest is not None and config.max_sequence_tokens > longest:
+                raise ConfigError(
+                    "max_sequence_tokens",
+                    found=f"{config.max_sequence_tokens}",
+                    needed=f"at most {longest}, the context of {folder}, which stage {stage.name} trains",
+                    action="Lower it.",
+                )
             if is_reward:
                 reward_model = folder
             elif part == "learner":
                 policy = folder
             if part == "learner":
                 written |= {config.directory.resolve() / name: folder for name in _written_by(stage)}
+
+
+def _check_vocabularies(config: RunConfig, tokenizer: Any, folders: Mapping[str, Path]) -> None:
+    """Token ids go from stage to stage: what reads them knows all that the start model has, a policy no others."""
+    from rlhf.models.load import load_tokenizer
+
+    start = tokenizer.get_vocab()
+    for index, stage in enumerate(config.stages):
+        for part in learners_of(stage):
+            key = f"stages.{index}.{part}.model.path"
+            if key not in folders:
+                continue
+            own = load_tokenizer(str(folders[key])).get_vocab()
+            only_reads = isinstance(stage, RewardStage) or part == "critic"
+            if own != start and not (only_reads and start.items() <= own.items()):
+                raise ConfigError(
+                    key,
+                    found=f"{folders[key]}, whose tokenizer has another vocabulary",
+                    needed=f"that of the start model, {folders['model']}",
+                    action="Choose a model of the same family, or start the run from this one (`model`).",
+                )
 
 
 def _written_by(stage: Stage) -> tuple[str, ...]:
@@ -169,8 +197,6 @@ def _resolve_models(config: RunConfig) -> dict[str, Path]:
 
 def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
     """An engine has heads for all its GPUs, and no longer a context than its model's, where that is a plain number."""
-    from rlhf.runs.files import read_json
-
     roles = config.roles
     engines = {"generation": (roles.generation.engine, folders["model"])}
     if roles.judge.endpoint is None:
@@ -182,17 +208,24 @@ def _check_engines(config: RunConfig, folders: Mapping[str, Path]) -> None:
         check_heads(role, engine.tensor_parallel_size, folder)
         if not config.resources(role).gpus:
             engine.check_cpu(f"roles.{role}.engine.")
-        settings = read_json(folder / "config.json")
-        longest = settings.get("max_position_embeddings")
-        scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-        is_plain = isinstance(longest, int) and scaling.get("rope_type", "default") == "default"
-        if is_plain and engine.max_model_len > longest:
+        longest = _context_of(folder)
+        if longest is not None and engine.max_model_len > longest:
             raise ConfigError(
                 f"roles.{role}.engine.max_model_len",
                 found=f"{engine.max_model_len}",
                 needed=f"at most {longest}, the context of {folder}",
                 action="Lower it, and max_sequence_tokens with it.",
             )
+
+
+def _context_of(folder: Path) -> int | None:
+    """The longest sequence that a model was made for, where that is a plain number."""
+    from rlhf.runs.files import read_json
+
+    settings = read_json(folder / "config.json")
+    longest = settings.get("max_position_embeddings")
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    return longest if isinstance(longest, int) and scaling.get("rope_type", "default") == "default" else None
 
 
 # Data and constitutions, stage by stage
@@ -272,7 +305,6 @@ def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[P
     """Columns and signs that a stage grades by are there, and so is the independent scorer where it is used."""
     from rlhf.evaluation.independent import VaderScorer
     from rlhf.evaluation.instruments import choose_instruments, require_signs
-    from rlhf.evaluation.report_card import ReportCardConfig
 
     where = f"stage {stage.name}"
     if isinstance(stage, EvaluateStage):
@@ -284,5 +316,5 @@ def _check_grading(config: RunConfig, stage: Stage, prompts: Mapping[str, list[P
         if "sentiment" in chosen:
             VaderScorer()
     elif isinstance(stage, FeedbackStage) and stage.measure_agreement:
-        require_signs(prompts["train"][: stage.num_prompts or None], ReportCardConfig(), where)
+        require_signs(prompts["train"][: stage.num_prompts or None], config.report_card, where)
         VaderScorer()

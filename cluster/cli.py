@@ -79,7 +79,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "scale":
         from cluster.control import parse_scale, request_scale
 
-        request_scale(arguments.run, parse_scale(arguments.roles))
+        wanted = parse_scale(arguments.roles)
+        request_scale(arguments.run, wanted)
+        asked = ", ".join(f"{role}={count}" for role, count in wanted.items())
+        print(f"{arguments.run}: asked the driver for {asked}; events.jsonl says what comes of it")
         return 0
 
     from cluster.config import load_run_config

@@ -20,6 +20,7 @@ from cluster.topology import SMALL_ROLES, Resources, RolePlan
 from rlhf.config import StrictModel, apply_overrides, load_file, validate
 from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
+from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.models.resolve import anchor_model
 from rlhf.runs.names import NOT_STAGES, RUN_FOLDERS, is_stage_name, validation_stage
 from rlhf.sampling import SamplingConfig
@@ -104,7 +105,8 @@ class RunConfig(StrictModel):
         _check_names(self.stages)
         if self.sampling.max_tokens >= self.max_sequence_tokens:
             raise ValueError(f"max_sequence_tokens above sampling.max_tokens ({self.sampling.max_tokens})")
-        if self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
+        generates = any("generation" in roles_of(self, stage) for stage in self.stages)
+        if generates and self.max_sequence_tokens > self.roles.generation.engine.max_model_len:
             raise ValueError("roles.generation.engine.max_model_len at least max_sequence_tokens")
         for stage in self.stages:
             _check_stage(self, stage)
@@ -117,7 +119,14 @@ class RunConfig(StrictModel):
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return self.run_dir or Path("runs") / self.name
+        return (self.run_dir or Path("runs") / self.name).expanduser()
+
+    @property
+    def report_card(self) -> ReportCardConfig:
+        """What columns and signs mean, for measures outside an evaluation: as the first evaluate stage says."""
+        return next(
+            (stage.report_card for stage in self.stages if isinstance(stage, EvaluateStage)), ReportCardConfig()
+        )
 
     def count(self, role: str) -> int:
         """Actors of a role at the start."""
@@ -285,7 +294,7 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
     """Makes the paths of a recipe absolute, so that the kept config runs from anywhere."""
 
     def absolute(value: Path | None) -> Path | None:
-        return None if value is None else (base / value).resolve()
+        return None if value is None else _anchored_path(value, base)
 
     data = {
         name: section.model_copy(update={"path": str(absolute(Path(section.path)))})
@@ -307,10 +316,14 @@ def _anchored(config: RunConfig, base: Path) -> RunConfig:
     )
 
 
+def _anchored_path(path: Path, base: Path) -> Path:
+    return (base / path.expanduser()).resolve()
+
+
 def _anchored_stage(stage: Stage, base: Path) -> Stage:
     update: dict[str, Any] = {}
     if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
-        update["data"] = stage.data.model_copy(update={"path": str((base / stage.data.path).resolve())})
+        update["data"] = stage.data.model_copy(update={"path": str(_anchored_path(Path(stage.data.path), base))})
     for part, learner in learners_of(stage).items():
         if learner.model.path:
             model = learner.model.model_copy(update={"path": anchor_model(learner.model.path, base)})

@@ -27,7 +27,7 @@ from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
 from cluster.topology import fits
-from rlhf.errors import PlacementError, RlhfError
+from rlhf.errors import ClusterError, PlacementError, RlhfError
 from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
@@ -240,7 +240,7 @@ class RunContext:
                 info = RankInfo(
                     rank=rank,
                     world_size=section.ranks,
-                    threads=resources.threads or os.cpu_count() or 1,
+                    threads=resources.threads or 0,
                     device="cuda" if resources.gpus else "cpu",
                 )
                 variables = {"DS_ACCELERATOR": info.device}
@@ -296,20 +296,17 @@ async def open_context(
     """Joins or starts the cluster, checks by arithmetic that the stages fit, and ends everything at the block's end.
 
     Raises:
-        PlacementError: A stage does not fit; nothing was placed.
+        ClusterError: There is no cluster; as below.
+        PlacementError: A stage does not fit; nothing was placed, and the directory of a new run is withdrawn.
     """
     if clear_requests(run.root):
         run.events.record("scaling_dropped", reason="asked of an earlier driver; this one starts what the recipe says")
-    object_store = config.ray.object_store_gib
-    connect(
-        config.ray.address,
-        num_cpus=config.ray.num_cpus,
-        object_store_bytes=None if object_store is None else int(object_store * 2**30),
-    )
     try:
-        check_placement(config, stages, cluster_nodes())
-        if config.ray.address is not None:
-            await wait_for_room(config, stages)
+        try:
+            await _join(config, stages)
+        except (ClusterError, PlacementError):
+            run.withdraw()  # what was refused can be mended and tried again in the same directory
+            raise
         start = Policy(resolve_model(config.model), 0)
         context = RunContext(
             config=config,
@@ -334,6 +331,19 @@ async def open_context(
                 write_peak_memory(run, memory.stop())
     finally:
         disconnect()
+
+
+async def _join(config: RunConfig, stages: Sequence[Stage]) -> None:
+    """Connects, and returns once the cluster has room for every stage."""
+    object_store = config.ray.object_store_gib
+    connect(
+        config.ray.address,
+        num_cpus=config.ray.num_cpus,
+        object_store_bytes=None if object_store is None else int(object_store * 2**30),
+    )
+    check_placement(config, stages, cluster_nodes())
+    if config.ray.address is not None:
+        await wait_for_room(config, stages)
 
 
 async def wait_for_room(config: RunConfig, stages: Sequence[Stage], timeout_s: float = SETTLE_S) -> None:

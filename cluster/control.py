@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import ConfigError
+from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import write_json
 
 SCALABLE = ("generation", "judge", "scorer", "reference")
@@ -44,8 +45,19 @@ def _scale_file(run: Path) -> Path:
 
 
 def request_scale(run: Path, wanted: Mapping[str, int]) -> None:
-    """Leaves the wanted number of replicas for the driver, which looks every second."""
+    """Leaves the wanted number of replicas for the driver, which looks every second.
+
+    Raises:
+        ConfigError: Not a run directory, or no driver is at work: the next one drops what others were asked.
+    """
     _folder(run)
+    if not RunDirectory(run).is_held():
+        raise ConfigError(
+            str(run),
+            found="no driver at work",
+            needed="a run that goes on",
+            action="Set roles.ROLE.replicas where the run is started or resumed.",
+        )
     path = _scale_file(run)
     merged = read_scale(run) | dict(wanted)
     write_json(path, merged)

@@ -210,6 +210,7 @@ class Placer:
         with self._lock:
             kept = self._free.pop(0) if self._free else None
         slot = kept or (self._reserve(1), 0)
+        # Where nothing is set Ray sets what an actor reserves; models on another node count its cores themselves.
         threads = self._resources.threads or os.cpu_count() or 1
         mark = {RUN_MARK: os.environ.get(RUN_MARK, "")} | KEEP_ENVIRONMENT
         variables = {"OMP_NUM_THREADS": str(threads)} | mark | dict(env or {})

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig, *, only: str | None = None) -> int:
-    """Runs all stages that are not complete, or one by name, and returns the exit code.
+    """Runs all stages that are not complete, or one by name when its turn has come, and returns the exit code.
 
     What a run can be refused for is checked before its directory is made: devices, data, constitutions, model files. A
     refused recipe leaves nothing behind, so that a smaller one can take the same directory. Of a run that is complete
@@ -35,7 +35,10 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
     from rlhf.runs.directory import RunDirectory
 
     stages = _selected(config, only)
-    left = _left(stages, RunDirectory(config.directory))
+    before = RunDirectory(config.directory)
+    left = _left(stages, before)
+    if only is not None and left:
+        _check_turn(config, left[0], before)
     if config.ray.address is None:
         check_placement(config, left, [private_node(config)])
     data = check_inputs(config) if left else None
@@ -60,6 +63,27 @@ def _selected(config: RunConfig, only: str | None) -> list[Stage]:
         names = ", ".join(stage.name for stage in config.stages)
         raise ConfigError("--stage", found=repr(only), needed=f"one of {names}", action="Check the name.")
     return chosen
+
+
+def _check_turn(config: RunConfig, stage: Stage, directory: RunDirectory) -> None:
+    """A stage starts from what all stages before it left, and none after it may have learned or measured without it."""
+    place = config.stages.index(stage)
+    missing = [other.name for other in config.stages[:place] if not directory.is_complete(other.name)]
+    if missing:
+        raise ConfigError(
+            f"--stage {stage.name}",
+            found=f"stage {missing[0]} before it, which is not complete",
+            needed="every stage before it complete",
+            action=f"Run --stage {missing[0]} first, or all stages without --stage.",
+        )
+    done = [other.name for other in config.stages[place + 1 :] if directory.is_complete(other.name)]
+    if done:
+        raise ConfigError(
+            f"--stage {stage.name}",
+            found=f"stage {done[0]} after it, which is complete without it",
+            needed="no complete stage after it",
+            action="Set another run_dir to run the stages in order.",
+        )
 
 
 async def _drive(

@@ -44,6 +44,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError) as error:  # of a scalar that has the form of its type and no such value
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            problem = f"{node.value!r}, which is no value of its type ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
 
 class _Dumper(yaml.SafeDumper):
     """Writes what ``_UniqueKeyLoader`` reads back: text that looks like ``1e5`` goes into quotes."""
@@ -62,6 +71,14 @@ def parse_yaml(text: str, where: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(
             f"{where}:{line}", found=str(error.problem), needed="valid YAML", action="Mend the line."
+        ) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{where}:{line}",
+            found=f"the character {error.character:#06x}",
+            needed="text without control characters",
+            action="Remove the character, or write it as an escape between double quotes.",
         ) from None
 
 
@@ -97,7 +114,7 @@ def load_file(path: Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: include", found=repr(includes), needed="a list of paths", action="Mend the key.")
     merged: dict[str, Any] = {}
     for name in includes:
-        merged = merge(merged, load_file(path.parent / name, (*_open, path)))
+        merged = merge(merged, load_file(path.parent / Path(name).expanduser(), (*_open, path)))
     return merge(merged, document)
 
 

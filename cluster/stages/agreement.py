@@ -18,11 +18,10 @@ async def judge_agreement(context: RunContext, feedback: str, uids: Collection[s
         uids: Prompts whose rankings count; None takes all.
     """
     from cluster.fleets import evaluator
-    from rlhf.evaluation.report_card import ReportCardConfig
 
     recorder = await context.recorder()
     rankings = await recorder.call("put_rankings", feedback, uids)
     groups = await recorder.call("feedback_groups", feedback)
-    worker = await evaluator(context, ReportCardConfig())
+    worker = await evaluator(context, context.config.report_card)
     [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
     return agreement

@@ -15,7 +15,6 @@ from actors.settings import LearnerConfig
 from rlhf.algorithms.config import AlgorithmConfig, GrpoConfig
 from rlhf.config import StrictModel
 from rlhf.errors import ConfigError, LearnerError
-from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
 from rlhf.runs.names import step_part, table_file, validation_stage
@@ -244,7 +243,7 @@ class _OnlineRun:
             self.validation_rewards = self.rewards.measuring()
         scores = await self.validation_rewards.score(groups)
         scored = [dataclasses.replace(group, scores=given) for group, given in zip(groups, scores, strict=True)]
-        card = next((s.report_card for s in self.context.config.stages if s.kind == "evaluate"), ReportCardConfig())
+        card = self.context.config.report_card
         recorder = await self.context.recorder()
         columns = (card.subject_field, card.keywords_field)
         found = await recorder.call("record_validation", stage.name, num_updates, scored, *columns)

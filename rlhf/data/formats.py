@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf.errors import DataError
+
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair; JSON's reader joins whole ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class Row:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
                 self.fail(f"broken JSON in column {column!r} ({error.msg})", "a JSON list", "Mend the cell.")
+            _check_characters(value, self.where)
         if not isinstance(value, list):
             self.fail(
                 f"{type(value).__name__} {_short(value)} in column {column!r}", "a list", "Write it as [..., ...]."
@@ -181,7 +186,19 @@ def _read_jsonl(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(value, dict):
             found = f"a JSON {type(value).__name__}"
             raise DataError(where, found=found, needed="one JSON object a line", action="Mend the line.")
+        _check_characters(value, where)
         yield value, where
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """JSON can write half a character; UTF-8, and so every tokenizer and table, cannot."""
+    if half := _HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
+        raise DataError(
+            where,
+            found=f"half a character ({ascii(half.group())}), as a text has that was cut inside an emoji",
+            needed="whole characters",
+            action="Cut texts between characters, or remove the row.",
+        )
 
 
 class _DuplicateKeyError(Exception):

@@ -68,6 +68,8 @@ class RunDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock: int | None = None
+        self._written: list[Path] = []
+        """What ``open`` made of a run that is new."""
 
     @classmethod
     def open(
@@ -75,7 +77,7 @@ class RunDirectory:
         root: Path,
         config: BaseModel,
         *,
-        data: Mapping[str, Path] | None = None,
+        data: Mapping[str, Path | str] | None = None,
         resumable: Sequence[str] = RESUMABLE_KEYS,
     ) -> Self:
         """Creates the directory, or resumes it if its config allows.
@@ -83,8 +85,8 @@ class RunDirectory:
         Args:
             root: The directory; new, empty or a run's.
             config: The resolved configuration.
-            data: Data files by name; their fingerprints must not change over a run's life. None does not look at them:
-                for a run that reads them no more.
+            data: Data files, or fingerprints, by name; the fingerprints must not change over a run's life. None does
+                not look at them: for a run that reads them no more.
             resumable: Patterns of keys that may differ from the config that the run was started with, but not of a
                 stage that is complete.
 
@@ -113,6 +115,15 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Takes back what ``open`` made of a run that is new and was refused after all; any other stays as it is."""
+        for path in reversed(self._written):
+            if path != self.root:
+                path.unlink(missing_ok=True)
+            elif not any(self.root.iterdir()):
+                self.root.rmdir()
+        self._written = []
 
     # Paths
 
@@ -222,10 +233,25 @@ class RunDirectory:
         document: dict[str, Any] = parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         return document
 
+    def is_held(self) -> bool:
+        """Whether a driver is at work, on this machine or another one that shares the file system's locks."""
+        try:
+            descriptor = os.open(self.root / _LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     # Opening
 
     def _acquire(self) -> None:
         self._check_kind()
+        is_new = not self.root.is_dir()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -251,6 +277,8 @@ class RunDirectory:
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")})
         os.pwrite(descriptor, holder.encode(), 0)
         self._lock = descriptor
+        if is_new:
+            self._written = [self.root, self.root / _LOCK]
 
     def _check_kind(self) -> None:
         needed, action = "a new, empty or run directory", "Set run_dir to another path."
@@ -263,7 +291,9 @@ class RunDirectory:
             found = f"a directory with {others[0]!r} and no config.yaml"
             raise ConfigError(str(self.root), found=found, needed=needed, action=action)
 
-    def _write_or_check(self, config: BaseModel, data: Mapping[str, Path] | None, resumable: Sequence[str]) -> None:
+    def _write_or_check(
+        self, config: BaseModel, data: Mapping[str, Path | str] | None, resumable: Sequence[str]
+    ) -> None:
         # Secrets are hidden before the text is parsed back, so both sides of the comparison have them hidden alike.
         new = redact(parse_yaml(dump(config), "config"))
         environment = describe_environment(data or {})
@@ -271,7 +301,9 @@ class RunDirectory:
             write_json(self.environment, environment)
             write_text(self.config, to_yaml(new))  # last: its presence makes this a run directory
             self.events.record("created")
+            self._written += [self.environment, self.events.path, self.config]
             return
+        self._written = []
         old = self.resolved_config()
         changes = config_changes(old, new)
         refused = [key for key in changes if not _matches_any(key, resumable)]

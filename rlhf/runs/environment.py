@@ -89,12 +89,14 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": size, "blake2b": digest.hexdigest()}
 
 
-def describe_environment(data: Mapping[str, Path]) -> dict[str, Any]:
+def describe_environment(data: Mapping[str, Path | str]) -> dict[str, Any]:
     """Everything in ``environment.json``.
 
     Args:
-        data: Data files or folders by a name that the config knows them under.
+        data: Data files or folders by a name that the config knows them under, or the fingerprint of what was read
+            where it is more than one file.
     """
+    digests = {name: {"blake2b": item} if isinstance(item, str) else fingerprint(item) for name, item in data.items()}
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": redact(sys.argv),
@@ -103,5 +105,5 @@ def describe_environment(data: Mapping[str, Path]) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
-        "data": {name: fingerprint(path) for name, path in data.items()},
+        "data": digests,
     }

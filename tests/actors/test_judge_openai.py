@@ -134,6 +134,20 @@ def test_a_failing_service_is_given_up_after_the_last_try(service, tmp_path):
     assert len(service.bodies) == 3
 
 
+@pytest.mark.parametrize(("status", "kind"), [(400, "BadRequestError"), (422, "UnprocessableEntityError")])
+def test_a_refused_question_says_why_and_never_the_key(service, tmp_path, status, kind):
+    said = f"no logprobs for {KEY}, sk-{'a' * 30}\x1b[31m \ud83d\nsecond line"
+    service.behave = lambda body, tries: (status, {"error": {"message": said}})
+    (verdict,) = _judge(service, tmp_path, ["good"], max_retries=0)
+    assert verdict.value is None
+    assert verdict.error.startswith(f"the service failed: {kind}, status {status}: no logprobs for ")
+    assert KEY not in verdict.error and "sk-a" not in verdict.error and "second" not in verdict.error
+    assert verdict.error.isprintable()
+    service.behave = lambda body, tries: (status, {"error": {"message": "x" * 180 + KEY + "y" * 500}})
+    (verdict,) = _judge(service, tmp_path, ["good again"], max_retries=0)
+    assert KEY[:8] not in verdict.error and len(verdict.error) < 300
+
+
 def test_a_service_that_hangs_is_left(service, tmp_path):
     service.behave = lambda body, tries: (time.sleep(3), (200, completion(-0.5, -1.5)))[1]
     (verdict,) = _judge(service, tmp_path, ["good"], timeout_s=0.3, max_retries=0)
@@ -149,7 +163,7 @@ def test_a_service_that_is_not_there_is_a_missing_verdict(service, tmp_path):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_stops_the_judge(service, tmp_path, status):
     service.behave = lambda body, tries: (status, {"error": {"message": f"bad key {KEY}"}})
-    with pytest.raises(JudgeError, match=f"status {status}") as caught:
+    with pytest.raises(JudgeError, match=f"status {status}: bad key") as caught:
         _judge(service, tmp_path, ["good"])
     assert KEY not in str(caught.value)
 

@@ -66,6 +66,18 @@ def test_ranks_without_a_rendezvous_are_refused() -> None:
         ProcessGroup(RankInfo(rank=1, world_size=2), timeout_s=1)
 
 
+@pytest.mark.parametrize(("threads", "taken"), [(0, [48]), (3, [3]), (None, [])])
+def test_a_rank_counts_the_cores_of_its_own_node(threads: int | None, taken: list[int], monkeypatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr("actors.learner.os.cpu_count", lambda: 48)
+    monkeypatch.setattr("torch.set_num_threads", found.append)
+    info = RankInfo(world_size=2, threads=threads)
+    worker = LearnerWorker(LearnerConfig(), LocalStore(), info, objective=SupervisedConfig(), total_steps=1)
+    with pytest.raises(LearnerError, match="rendezvous"):  # the threads are set by then
+        worker.start()
+    assert found == taken
+
+
 def test_the_gang_meets_at_its_node_s_address_and_not_at_that_of_the_host_s_name(monkeypatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")

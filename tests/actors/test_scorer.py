@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.frozen import FrozenWorker
 from actors.reference import ReferenceWorker
 from actors.scorer import NORMALISER_FILE, ScoreNormaliser, ScorerWorker
 from actors.store import LocalStore
@@ -112,6 +113,29 @@ def test_the_reference_annotates_its_own_log_probs(reward_model: Path) -> None:
         for k, found in enumerate(handle.annotations["reference_log_probs"]):
             assert found.dtype == np.float32 and len(found) == len(group.completion_ids[k])
             np.testing.assert_allclose(found, wanted[k, : len(found)].numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("threads", "told", "taken"),
+    [(None, "8", [48]), (None, "48", []), (None, None, []), (3, "8", [3])],
+    ids=["another node", "the driver's node", "not told", "configured"],
+)
+def test_a_model_counts_the_cores_of_its_own_node(
+    threads: int | None, told: str | None, taken: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Empty(FrozenWorker):
+        def _load(self) -> torch.nn.Module:
+            return torch.nn.Identity()
+
+    found: list[int] = []
+    monkeypatch.setattr("os.cpu_count", lambda: 48)
+    monkeypatch.setattr("torch.set_num_threads", found.append)
+    if told is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    Empty(tmp_path, LocalStore(), threads=threads, device="cpu").start()
+    assert found == taken
 
 
 def test_groups_come_out_of_the_store_with_scores_and_annotations() -> None:

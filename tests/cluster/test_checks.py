@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
 from cluster import cli, runner
 from rlhf.runs.directory import RunDirectory
@@ -130,6 +132,7 @@ def relabelled(recipe: dict[str, Any], folder: Path) -> None:
     constitution.write_text(text.replace('" yes"', '" positive"'), encoding="utf-8")
 
 
+unmeasured = put("stages", 0, "measure_agreement", value=False)
 ENDPOINT = {"base_url": "https://judge.example/v1", "model": "m", "api_key_variable": "NO_SUCH_KEY_IS_SET"}
 ROW = json.dumps({"request": "scathing", "subject": "x", "prompt": "Write."})
 
@@ -227,11 +230,11 @@ BAD: dict[str, tuple[Change, str]] = {
         "request = 'lukewarm'",
     ),
     "a request that the independent scorer does not know": (
-        put("stages", 5, "report_card", value={"slice_field": "genre"}),
+        both(unmeasured, put("stages", 5, "report_card", value={"slice_field": "genre"})),
         "stage evaluate: report_card.slice_field, prompt p/0: found no 'genre'",
     ),
     "a request that has no sign beside others that have": (
-        put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}}),
+        both(unmeasured, put("stages", 5, "report_card", value={"independent": {"request_signs": {"scathing": -1}}})),
         "stage evaluate, prompt p/0: found request = 'enthusiastic'; needed request in ['scathing']",
     ),
     "no key of the judging service": (
@@ -321,6 +324,55 @@ def test_people_need_no_judge_and_their_prompts_no_request(folder: Path, tiny_mo
     assert outcome(folder, recipe, capsys) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("index", "part", "change", "code"),
+    [
+        *((index, "learner", "swapped", 2) for index in (1, 2, 3)),
+        (4, "critic", "swapped", 2),
+        (1, "learner", "more", 0),
+        (3, "learner", "more", 2),
+    ],
+)
+def test_a_model_of_another_vocabulary_is_refused_with_both_names(
+    index: int, part: str, change: str, code: int, folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    other = folder / "other"
+    shutil.copytree(tiny_model_dir, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    if change == "more":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
+        tokenizer.save_pretrained(other)
+    else:
+        path = other / "tokenizer.json"
+        document = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = document["model"]["vocab"]
+        first, second = sorted(vocabulary)[:2]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(document), encoding="utf-8")
+    if part == "critic":
+        recipe["stages"][index] |= {"critic": recipes.learner(), "algorithm": {"name": "ppo"}}
+    recipe["stages"][index][part]["model"]["path"] = str(other)
+    found, error = outcome(folder, recipe, capsys)
+    assert found == code, error
+    if code:
+        assert error.startswith(f"ConfigError: stages.{index}.{part}.model.path: ")
+        assert str(other) in error and str(tiny_model_dir) in error
+
+
+def test_the_context_of_what_is_trained_counts_where_no_engine_starts(folder: Path, tiny_model_dir, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    people = {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}}
+    recipe["stages"] = [people, *recipe["stages"][1:3]]
+    recipe["max_sequence_tokens"] = 512  # above the generation engine's, which nobody uses
+    assert outcome(folder, recipe, capsys) == (0, "")
+    shutil.rmtree(folder / "run")
+    recipe["max_sequence_tokens"] = 513
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "max_sequence_tokens: found 513; needed at most 512, the context of" in error) == (2, True), error
+    assert "stage reward" in error
+
+
 def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir: Path, capsys) -> None:
     recipe = good(folder, tiny_model_dir)
     write("bare.jsonl", json.dumps({"prompt": "Write."}))(recipe, folder)
@@ -334,6 +386,22 @@ def test_agreement_needs_a_request_of_every_prompt(folder: Path, tiny_model_dir:
     assert (code, "stage feedback, prompt bare/00000: found no 'request'" in error) == (2, True), error
     recipe["stages"][0]["measure_agreement"] = False
     assert outcome(folder, recipe, capsys) == (0, "")
+
+
+def test_agreement_is_measured_by_the_evaluations_own_columns_and_signs(folder: Path, tiny_model_dir, capsys) -> None:
+    recipe = good(folder, tiny_model_dir)
+    row = json.dumps({"prompt": "Write.", "request": "scathing", "mood": "glad"})
+    write("prompts.jsonl", row)(recipe, folder)
+    card = {"slice_field": "mood", "independent": {"request_signs": {"glad": 1}}}
+    recipe["stages"][5]["report_card"] = card
+    for data in recipe["data"].values():
+        data["path"] = "prompts.jsonl"
+    assert outcome(folder, recipe, capsys) == (0, "")
+    card["independent"]["request_signs"] = {"gloomy": -1}
+    recipe["data"]["evaluation"]["path"] = "gloomy.jsonl"
+    write("gloomy.jsonl", row.replace("glad", "gloomy"))(recipe, folder)
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "stage feedback, prompt prompts/00000: found mood = 'glad'" in error) == (2, True), error
 
 
 def test_the_tokenizer_of_a_stages_own_model_reads_its_file(folder: Path, tiny_model_dir: Path, capsys) -> None:
@@ -357,6 +425,25 @@ def test_a_run_directory_of_another_config_is_refused_with_the_difference(
     assert "sampling.temperature" in error and "0.5" in error
 
 
+@pytest.mark.parametrize("part", ["template", "include"])
+def test_a_run_does_not_go_on_under_a_judge_that_is_told_something_else(
+    part: str, folder: Path, tiny_model_dir: Path, capsys
+) -> None:
+    recipe = good(folder, tiny_model_dir)
+    path = folder / recipe["constitutions"]["training"]
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (folder / "more.yaml").write_text(yaml.safe_dump({"principles": document.pop("principles")}), encoding="utf-8")
+    path.write_text(yaml.safe_dump(document | {"include": "more.yaml"}), encoding="utf-8")
+    assert outcome(folder, recipe, capsys) == (0, "")
+    path.write_text("# a remark\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert outcome(folder, recipe, capsys) == (0, "")
+    changed = folder / {"template": document["template"], "include": "more.yaml"}[part]
+    text = changed.read_text(encoding="utf-8")
+    changed.write_text(text.replace("principles: ", "principles: Not so. ") if part == "include" else "Hm. " + text)
+    code, error = outcome(folder, recipe, capsys)
+    assert (code, "data.constitutions.training" in error) == (2, True), error
+
+
 def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_smaller_recipe(
     folder: Path, tiny_model_dir: Path, capsys
 ) -> None:
@@ -371,6 +458,30 @@ def test_too_few_devices_are_refused_by_arithmetic_and_leave_the_directory_to_a_
     assert (folder / "run" / "config.yaml").is_file()
     recipe["ray"]["num_cpus"] = 1  # fewer than the run was started with
     assert outcome(folder, recipe, capsys)[0] == 3
+
+
+def test_a_stage_by_name_waits_for_its_turn(folder: Path, tiny_model_dir: Path, capsys) -> None:
+    path = recipes.write_recipe(folder, good(folder, tiny_model_dir))
+    run = RunDirectory(folder / "run")
+
+    def chosen(name: str) -> tuple[int, str]:
+        try:
+            code = cli.main(["run", str(path), "--stage", name])
+        except Started:
+            code = 0
+        return code, capsys.readouterr().err
+
+    code, error = chosen("evaluate")
+    assert (code, "stage feedback before it, which is not complete" in error) == (2, True), error
+    assert not (folder / "run").exists()
+    assert chosen("feedback") == (0, "")
+    run.complete("feedback", {})
+    code, error = chosen("rl")
+    assert (code, "stage reward before it" in error) == (2, True), error
+    for name in ("reward", "rl"):
+        run.complete(name, {})
+    code, error = chosen("sft")
+    assert (code, "stage rl after it, which is complete without it" in error) == (2, True), error
 
 
 def test_of_a_complete_run_nothing_but_the_recipe_is_looked_at(

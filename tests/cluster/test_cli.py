@@ -11,6 +11,7 @@ import pytest
 
 from cluster import cli
 from rlhf import errors
+from rlhf.config import StrictModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2.0
@@ -122,12 +123,18 @@ def test_overrides_may_stand_before_and_behind_options(monkeypatch) -> None:
     assert seen[0].config == Path("c.yaml")
 
 
-def test_scale_leaves_its_request_in_the_run(tmp_path: Path, capsys) -> None:
+def test_scale_leaves_its_request_in_the_run_and_says_so(tmp_path: Path, capsys) -> None:
     from cluster.control import read_scale
+    from rlhf.runs.directory import RunDirectory
 
     assert cli.main(["scale", str(tmp_path), "generation=2"]) == 2, "no run directory"
-    (tmp_path / "config.yaml").write_text("")
-    assert cli.main(["scale", str(tmp_path), "generation=2", "judge=3"]) == 0
-    assert read_scale(tmp_path) == {"generation": 2, "judge": 3}
-    assert cli.main(["scale", str(tmp_path), "learner=2"]) == 2
-    assert "roles.learner.ranks" in capsys.readouterr().err
+    with RunDirectory.open(tmp_path / "run", StrictModel()) as run:
+        root = str(run.root)
+        capsys.readouterr()
+        assert cli.main(["scale", root, "generation=2", "judge=3"]) == 0
+        assert "generation=2, judge=3" in capsys.readouterr().out
+        assert read_scale(run.root) == {"generation": 2, "judge": 3}
+        assert cli.main(["scale", root, "learner=2"]) == 2
+        assert "roles.learner.ranks" in capsys.readouterr().err
+    assert cli.main(["scale", root, "generation=4"]) == 2
+    assert "no driver at work" in capsys.readouterr().err

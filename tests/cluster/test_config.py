@@ -176,6 +176,20 @@ def test_hub_ids_packages_and_absolute_folders_stay_as_they_are(model: str, tmp_
     assert (config.model, config.roles.judge.model) == (model, model)
 
 
+def test_a_tilde_is_the_users_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "seed.yaml").write_text("seed: 7\n", encoding="utf-8")
+    data = {"train": {"path": "~/train.jsonl"}}
+    changes = {"data": data, "constitutions": {"training": "~/c.yaml"}, "include": "~/seed.yaml", "run_dir": "~/runs/x"}
+    config = load_run_config(written(tmp_path / "recipes", **changes), ["stages.0.data.path=~/people.jsonl"])
+    assert config.data.train is not None and config.data.train.path == str(tmp_path / "home" / "train.jsonl")
+    assert config.constitutions.training == tmp_path / "home" / "c.yaml"
+    assert config.stages[0].data.path == str(tmp_path / "home" / "people.jsonl")  # type: ignore[union-attr]
+    assert config.directory == tmp_path / "home" / "runs" / "x"
+    assert config.seed == 7
+
+
 def test_the_kept_config_is_the_same_recipe_from_anywhere(tmp_path: Path) -> None:
     config = load_run_config(written(tmp_path / "a", model="./m"))
     kept = tmp_path / "b" / "config.yaml"

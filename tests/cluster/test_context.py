@@ -17,7 +17,7 @@ from cluster.context import Policy, RunContext, TimedGate
 from cluster.sharing import build_gate
 from cluster.topology import NodeCapacity
 from rlhf.config import validate
-from rlhf.errors import PlacementError
+from rlhf.errors import ClusterError, PlacementError
 from rlhf.loops.gate import BudgetGate, GatedSource
 from rlhf.models.settings import ModelConfig
 from rlhf.rewards.config import JudgePart, RewardModelPart, RulesPart
@@ -233,3 +233,32 @@ def test_a_cluster_that_others_use_is_refused_once_its_free_part_stays_too_small
     assert caught.value.exit_code == 3
     assert "stage reward: found 2.4 CPUs and 0 GPUs free in the whole cluster" in str(caught.value)
     assert "needed 2.5 CPUs and 0 GPUs" in str(caught.value)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("answers", [True, False], ids=["too small", "no cluster"])
+def test_what_a_cluster_refuses_leaves_no_new_run_directory(
+    answers: bool, resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(*args: Any, **options: Any) -> None:
+        if not answers:
+            raise ClusterError("ray.address auto", found="nothing", needed="a cluster", action="Start one.")
+
+    monkeypatch.setattr(module, "connect", join)
+    monkeypatch.setattr(module, "disconnect", lambda: None)
+    monkeypatch.setattr(module, "cluster_nodes", lambda: [NodeCapacity("a", 1.0, 0.0)])
+    config = open_run(tmp_path).config
+    if resumed:
+        RunDirectory.open(tmp_path / "run", config).close()
+
+    async def work(run: RunDirectory) -> None:
+        async with module.open_context(config, run, {}, config.stages):
+            raise AssertionError("it does not fit")
+
+    with (
+        pytest.raises(PlacementError if answers else ClusterError),
+        RunDirectory.open(tmp_path / "run", config) as run,
+    ):
+        asyncio.run(work(run))
+    assert (tmp_path / "run").exists() == resumed
+    assert (tmp_path / "run" / "config.yaml").exists() == resumed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,16 @@ from cluster.control import (
     request_scale,
     request_stop,
 )
+from rlhf.config import StrictModel
 from rlhf.errors import ConfigError
+from rlhf.runs.directory import RunDirectory
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text("name: x\n")
-    return tmp_path
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run with a driver at work."""
+    with RunDirectory.open(tmp_path / "run", StrictModel()) as run:
+        yield run.root
 
 
 def test_counts_by_role() -> None:
@@ -62,6 +66,15 @@ def test_only_a_run_directory_takes_requests(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="run directory"):
             request()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_replicas_are_asked_of_a_driver_at_work_only(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path / "run", StrictModel()) as run:
+        request_scale(run.root, {"judge": 2})
+        assert RunDirectory(run.root).is_held(), "looking does not take the lock"
+    with pytest.raises(ConfigError, match="no driver at work"):
+        request_scale(run.root, {"judge": 3})
+    assert read_scale(run.root) == {"judge": 2}
 
 
 def test_a_driver_starts_without_the_requests_of_an_earlier_one(run: Path) -> None:

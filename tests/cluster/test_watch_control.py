@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,19 @@ class FakeFleet:
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> RunContext:
-    (tmp_path / "config.yaml").write_text("name: x\n", encoding="utf-8")
-    run = RunDirectory(tmp_path)
-    return RunContext(
-        config=validate(RunConfig, RECIPE, "test"),
-        run=run,
-        start=Policy(tmp_path, 0),
-        policy=Policy(tmp_path, 0),
-        timings=Timings(run.timings),
-        metrics=MetricsLogger(run.metrics),
-        gate=BudgetGate({}),
-        inputs={},
-    )
+def context(tmp_path: Path) -> Iterator[RunContext]:
+    config = validate(RunConfig, RECIPE, "test")
+    with RunDirectory.open(tmp_path, config) as run:
+        yield RunContext(
+            config=config,
+            run=run,
+            start=Policy(tmp_path, 0),
+            policy=Policy(tmp_path, 0),
+            timings=Timings(run.timings),
+            metrics=MetricsLogger(run.metrics),
+            gate=BudgetGate({}),
+            inputs={},
+        )
 
 
 async def until(ready: Callable[[], bool]) -> None:

@@ -113,6 +113,12 @@ class TestYaml:
         with pytest.raises(ConfigError, match=r"run\.yaml:\d+"):
             parse_yaml(text, "run.yaml")
 
+    @pytest.mark.parametrize("value", ["2024-13-45", "2024-01-01 25:00:00", "0b_", "a\x07b", "!!int many"])
+    def test_a_value_that_cannot_be_read_names_file_and_line(self, value):
+        with pytest.raises(ConfigError, match=r"run\.yaml:2: ") as caught:
+            parse_yaml(f"seed: 1\nname: {value}\n", "run.yaml")
+        assert caught.value.exit_code == 2
+
     def test_a_file_cannot_construct_objects(self):
         with pytest.raises(ConfigError, match="constructor"):
             parse_yaml("a: !!python/object/apply:os.system ['true']", "run.yaml")

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.formats import check_unique, field_text, read_rows, select_rows
+from rlhf.data.formats import Row, check_unique, field_text, read_rows, select_rows
 from rlhf.errors import DataError
 
 
@@ -40,6 +40,7 @@ def test_the_three_formats_read_the_same_rows(tmp_path):
         ("a.jsonl", "\n \n", 1, "without rows"),
         ("a.csv", "prompt,request\n", 1, "without rows"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', 2, "broken JSON"),
+        ("a.jsonl", '{"a": "\\ud83d\\ude00"}\n{"a": ["x", {"b": "cut \\ud83d"}]}\n', 2, "half a character"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', 3, "a JSON list"),
         ("a.jsonl", '{"a": 1, "a": 2}\n', 1, "key 'a' twice"),
         ("a.jsonl", b'{"a": "ok"}\n{"a": "\xff"}\n', 2, "0xff"),
@@ -106,6 +107,8 @@ def test_numbers_must_be_finite_and_lists_may_be_json_in_a_cell(tmp_path):
         with pytest.raises(DataError, match="finite number"):
             row.number_of("n")
     assert rows[0].list_of("l") == ["a", 1]
+    with pytest.raises(DataError, match="half a character"):
+        Row({"l": '["\\ud83d"]'}, "f:1", 0).list_of("l")
     with pytest.raises(DataError, match="broken JSON in column 'l'"):
         rows[1].list_of("l")
 

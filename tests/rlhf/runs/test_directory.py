@@ -55,6 +55,21 @@ def test_resumes_with_the_same_config(tmp_path: Path) -> None:
     assert kinds == ["created", "resumed"]
 
 
+def test_a_new_run_can_be_withdrawn_and_no_other(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as run:
+        run.withdraw()
+    assert not run.root.exists()
+    run.root.mkdir()
+    with opened(tmp_path / "run") as run:
+        run.withdraw()
+    assert run.root.is_dir(), "it was there before"
+    opened(tmp_path / "run", Config(seed=1)).close()
+    before = {path.name for path in run.root.iterdir()}
+    with opened(tmp_path / "run", Config(seed=1)) as run:
+        run.withdraw()
+    assert {path.name for path in run.root.iterdir()} == before
+
+
 def test_listed_keys_may_change_and_are_recorded(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()
     changed = Config(stages=(Stage(steps=99), Stage(name="sft")), gate="exclusive", timeout_s=9.0)
