@@ -11,17 +11,17 @@ from tests.e2e import recipes
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-STEPS, ENDS = 40, 5
-WISHES = {"grpo": "[0-9]", "ppo": "[!-/]"}
-"""What a completion has to hold somewhere, by algorithm: a digit, or some of ``!"#$%&'()*+,-./``. Each is seldom at
-first, and easily learned."""
+STEPS, FIRST, LAST = 25, 2, 5
+WISHES = {"grpo": "[0-9].*[0-9]", "ppo": "[!-/].*[!-/]"}
+"""What a completion has to hold twice, by algorithm: a digit, or some of ``!"#$%&'()*+,-./``. Few do at first, and the
+policy learns it within ten steps."""
 
 
 @pytest.mark.timeout(1800)
 def test_grpo_and_then_ppo_raise_the_mean_reward(tmp_path: Path, tiny_model_dir: Path) -> None:
     """Two stages of one run; the second has another wish than the first, from whose policy it starts.
 
-    Passes if the last five steps of each earn at least 0.3 more than its first five.
+    Passes if the last five steps of each earn at least 0.3 more than its first two, a reward being 0 or 1.
     """
     recipes.write_data(tmp_path)
     settings: dict[str, dict[str, Any]] = {
@@ -49,5 +49,5 @@ def test_grpo_and_then_ppo_raise_the_mean_reward(tmp_path: Path, tiny_model_dir:
         scores = [line["rollout/score"] for line in recipes.metrics(tmp_path / "run", stage)]
         assert len(scores) == STEPS
         print(f"mean reward of {stage} by step:", " ".join(f"{score:.2f}" for score in scores))
-        first, last = sum(scores[:ENDS]) / ENDS, sum(scores[-ENDS:]) / ENDS
+        first, last = sum(scores[:FIRST]) / FIRST, sum(scores[-LAST:]) / LAST
         assert last > first + 0.3, stage
