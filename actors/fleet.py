@@ -115,8 +115,9 @@ class Fleet:
 
     @property
     def num_missing(self) -> int:
-        """Replicas that were lost and not replaced yet."""
-        return max(0, self._wanted - len(self.healthy))
+        """Replicas that were lost and that nobody replaces yet; one that is starting is none of them."""
+        serving = (ReplicaState.STARTING, ReplicaState.HEALTHY)
+        return max(0, self._wanted - sum(replica.state in serving for replica in self._replicas))
 
     # Membership
 
@@ -124,13 +125,19 @@ class Fleet:
         """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first."""
         async with self._membership:
             before, self._wanted = self._wanted, num_replicas
-            await gather_all(self._leave(replica) for replica in self.healthy[num_replicas:])
+            if leavers := self.healthy[num_replicas:]:
+                await gather_all(self._leave(replica) for replica in leavers)
+            newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
             try:
-                await gather_all(self._join() for _ in range(self.num_missing))
+                await gather_all(self._join(replica) for replica in newcomers)
             except RlhfError:
                 if self._wanted:  # it was not stopped meanwhile
                     self._wanted = max(before, len(self.healthy))  # what could not join is not asked for again
                 raise
+            finally:
+                for replica in newcomers:
+                    if replica.state is ReplicaState.STARTING:  # it was given up before it began
+                        self._bury(replica)
 
     async def repair(self) -> None:
         """Replaces what a broadcast dropped; raises the last loss when the restarts of this time are used up."""
@@ -161,7 +168,7 @@ class Fleet:
     async def _restart(self, error: RlhfError) -> Replica:
         while self._wanted and self._restarts.take():  # a stopped fleet wants nobody
             try:
-                return await self._join()
+                return await self._join(self._newcomer())
             except WorkerError:  # the next one would have the same code
                 raise
             except RlhfError as failure:
@@ -173,12 +180,15 @@ class Fleet:
             self._event("restarts_used_up", role=self.role, **used, error=str(error))
         raise error
 
-    async def _join(self) -> Replica:
+    def _newcomer(self) -> Replica:
         replica = Replica(self._next_index)
         self._next_index += 1
+        self._replicas.append(replica)
+        return replica
+
+    async def _join(self, replica: Replica) -> Replica:
         where = f"{self.role}[{replica.index}].start"
         began = asyncio.get_running_loop().time()
-        self._replicas.append(replica)
         placed = asyncio.ensure_future(asyncio.to_thread(self._spawn, replica.index))
         try:
             replica.handle = await asyncio.shield(placed)

@@ -252,6 +252,29 @@ def test_with_deaths_calls_come_through_or_fail_as_lost_and_no_actor_is_forgotte
     assert only_lost(drive(seed, mortality, sizes, FleetLimits(5.0, 5.0, max_restarts=2)))
 
 
+def test_nobody_takes_a_replica_that_is_starting_for_a_lost_one() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits(5.0, 5.0))
+        await fleet.scale(1)
+        world.never = {"start"}
+        growing = asyncio.create_task(fleet.scale(2))
+        while len(world.actors) < 2 or not world.actors[1].pending:
+            assert fleet.num_missing == 0
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            assert fleet.num_missing == 0, "a publication has nobody to wait for"
+            await fleet.broadcast("load")
+        world.actors[1].die()
+        with pytest.raises(RlhfError):
+            await growing
+        assert len(fleet.healthy) == 1 and fleet.num_missing == 0
+        assert_books(fleet, world)
+        await fleet.stop()
+
+    asyncio.run(body())
+
+
 def test_a_fleet_that_is_stopped_in_the_middle_of_a_replacement_starts_no_further_actor() -> None:
     async def body() -> None:
         world, events = World(random.Random(0), 0.0), []

@@ -20,7 +20,7 @@ from tests.e2e import recipes
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-ROLES = {"generation": "ray::GenerationWorker", "judge": "ray::JudgeWorker", "scorer": "ray::ScorerWorker"}
+ROLES = {"generation": "ray::GenerationWorker", "judge": "ray::OpenAIJudgeWorker", "scorer": "ray::ScorerWorker"}
 """The roles, and how the titles of their workers begin."""
 PROMPTS, SAMPLES, ENOUGH_STEPS = 4, 2, 10**5
 
