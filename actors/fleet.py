@@ -116,8 +116,8 @@ class Fleet:
     @property
     def num_missing(self) -> int:
         """Replicas that were lost and that nobody replaces yet; one that is starting is none of them."""
-        serving = (ReplicaState.STARTING, ReplicaState.HEALTHY)
-        return max(0, self._wanted - sum(replica.state in serving for replica in self._replicas))
+        starting = sum(replica.state is ReplicaState.STARTING for replica in self._replicas)
+        return max(0, self._wanted - starting - len(self.healthy))
 
     # Membership
 
@@ -125,8 +125,7 @@ class Fleet:
         """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first."""
         async with self._membership:
             before, self._wanted = self._wanted, num_replicas
-            if leavers := self.healthy[num_replicas:]:
-                await gather_all(self._leave(replica) for replica in leavers)
+            await gather_all(self._leave(replica) for replica in self.healthy[num_replicas:])
             newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
             try:
                 await gather_all(self._join(replica) for replica in newcomers)
