@@ -14,6 +14,7 @@ def event_after(run: Path, kind: str, moment: float) -> float:
 
 
 def step_after(run: Path, stage: str, moment: float) -> float:
-    """The first step of a stage that was logged after ``moment``."""
+    """When a stage went on after ``moment``: its first step that was logged, or its end where no step was left."""
     found = [line["time"] for line in read_metrics(run / "metrics.jsonl", stage)]
+    found += [event["time"] for event in recipes.events(run, "stage_completed") if event["stage"] == stage]
     return min(time for time in found if time >= moment - 0.001)  # they are rounded to milliseconds
