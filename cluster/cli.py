@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.plan.target import add_options
 from rlhf.errors import RlhfError
 
 EPILOG = (
@@ -26,8 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(run)
     run.add_argument("--stage", help="run this stage only, by name")
 
-    plan = commands.add_parser("plan", help="roles -> devices, and whether they fit, before anything is loaded")
+    plan = commands.add_parser("plan", help="devices, memory, time and cost, and whether it fits, by arithmetic")
     _config_arguments(plan)
+    add_options(plan)
 
     scale = commands.add_parser("scale", help="change the replicas of stateless roles while a run goes on")
     scale.add_argument("run", type=Path, metavar="RUN", help="run directory")
@@ -89,9 +91,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
     config = load_run_config(arguments.config, arguments.overrides)
     if arguments.command == "plan":
+        from cluster.plan.target import options_of
         from cluster.planning import print_plan
 
-        return print_plan(config)
+        return print_plan(config, options_of(arguments))
     if arguments.command == "judge-eval":
         from cluster.judge_eval import evaluate_judge
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config import RunConfig, Stage, roles_of
 from cluster.doctor import list_gpus
 from cluster.topology import NodeCapacity, RolePlan, assign
-from rlhf.errors import PlacementError
+from rlhf.errors import ConfigError, PlacementError
+
+if TYPE_CHECKING:
+    from cluster.plan.target import PlanOptions, Target
 
 
 def local_node() -> NodeCapacity:
@@ -88,8 +92,41 @@ def _held_plans(config: RunConfig, stages: Sequence[Stage]) -> Iterator[tuple[St
         yield stage, [config.plan(role) for role in sorted(roles | recorder)]
 
 
-def print_plan(config: RunConfig) -> int:
-    """Prints roles, bundles and stages and returns 0; raises ``PlacementError`` (exit code 3) where they do not fit."""
+def check_devices(config: RunConfig, stages: Sequence[Stage]) -> None:
+    """Checks by arithmetic that stages fit into the memory of this machine's GPUs, where their models are at hand.
+
+    Raises:
+        PlacementError: A stage does not fit; names stage, roles and a change that would.
+    """
+    from cluster.plan.devices import local_device
+    from cluster.plan.fitting import check_memory
+    from cluster.plan.stage_memory import shapes_of
+    from cluster.plan.target import Target
+
+    used = set().union(*(roles_of(config, stage) for stage in stages))
+    device = local_device() if any(config.resources(role).gpus for role in used) else None
+    if device is None:
+        return
+    try:
+        shapes = shapes_of(config)
+    except ConfigError:
+        return  # a model of another kind: whether it can be trained is for later checks to say
+    check_memory(config, stages, shapes, Target((private_node(config),), device))
+
+
+def print_plan(config: RunConfig, options: PlanOptions | None = None) -> int:
+    """Prints roles, stages, memory, time and cost and returns 0.
+
+    Args:
+        config: The recipe.
+        options: A cluster that is not there, a price, numbers of records.
+
+    Raises:
+        PlacementError: Something does not fit (exit code 3); says what would.
+    """
+    from cluster.plan.target import PlanOptions, Target
+
+    options = options or PlanOptions()
     print(f"{config.name}: model {config.model}, run directory {config.directory}")
     print(f"\n{'role':<12}{'actors':>7}{'CPUs each':>11}{'GPUs each':>11}{'threads':>9}  strategy")
     for role in sorted(set().union(*(roles_of(config, stage) for stage in config.stages))):
@@ -101,13 +138,62 @@ def print_plan(config: RunConfig) -> int:
     print("\nstages, and what each holds at the same time")
     for stage in config.stages:
         print(f"  {stage.name:<14}{stage.kind:<12}{', '.join(sorted(roles_of(config, stage)))}")
-    if config.ray.address is not None:
-        print(f"\nThe cluster at {config.ray.address} is checked when the run starts.")
-        return 0
-    node = private_node(config)
-    placed = check_placement(config, config.stages, [node])
-    print(
-        f"\nfits: at most {max(placed.values())} actors at a time on {node.name} "
-        f"({node.cpus:g} CPUs, {node.gpus:g} GPUs)"
-    )
+    if options.target is not None:
+        target = options.target
+    elif config.ray.address is not None:
+        print(f"\nThe cluster at {config.ray.address} is checked when the run starts; describe it with --nodes,")
+        print("--gpus-per-node and --gpu to have memory and time held against it now.")
+        target = Target((), None)
+    else:
+        from cluster.plan.devices import host_memory_gib, local_device
+
+        target = Target((private_node(config),), local_device(), host_memory_gib())
+    if target.nodes:
+        placed = check_placement(config, config.stages, target.nodes)
+        node, more = target.nodes[0], f"{len(target.nodes)} nodes" if len(target.nodes) > 1 else target.nodes[0].name
+        each = "each " if len(target.nodes) > 1 else ""
+        print(
+            f"\nfits: at most {max(placed.values())} actors at a time on {more} "
+            f"({each}{node.cpus:g} CPUs, {node.gpus:g} GPUs)"
+        )
+    _print_memory(config, options, target)
     return 0
+
+
+def _print_memory(config: RunConfig, options: PlanOptions, target: Target) -> None:
+    """Memory, time and cost, as far as the models are at hand."""
+    from cluster.plan import hours, report
+    from cluster.plan.devices import DEFAULT
+    from cluster.plan.fitting import check_memory
+    from cluster.plan.stage_memory import shapes_of
+
+    try:
+        shapes = shapes_of(config, options.shapes)
+    except ConfigError as error:
+        print(f"\nmemory is not planned: {error}")
+        return
+    for reference in shapes.missing:
+        print(f"\nmodel {reference} is not at hand: its roles are left out of what follows")
+    for shape in [shapes.start, *shapes.others.values()]:
+        if shape is not None and options.shapes is not None and Path(shape.source).is_relative_to(options.shapes):
+            print(f"\nthe shape of a model that is not at hand is read from {shape.source}")
+            break
+    planned = check_memory(config, config.stages, shapes, target)
+    if not any(stage.memories for stage in planned):
+        return
+    console = report.console()
+    print()
+    console.print(report.memory_table(planned, None if target.device is None else target.device.memory_gib))
+    for line in report.notes(planned):
+        print(f"  {line}")
+    lines = report.host_lines(planned, target.host_gib)
+    print("\nmemory of the fullest node beside its GPUs", *lines, sep="\n")
+    device = target.device or DEFAULT
+    found = [
+        hours.stage_hours(config, stage.stage, shapes, stage.memories, (device, options.rows)) for stage in planned
+    ]
+    timed = [one for one in found if one is not None]
+    if timed:
+        print()
+        console.print(report.hours_table(timed, options.price))
+        print("  " + "\n  ".join(hours.assumptions(device)))

@@ -31,7 +31,7 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
     nothing but the recipe is looked at: its data and models may have gone elsewhere.
     """
     from cluster.checks import check_inputs
-    from cluster.planning import check_placement, private_node
+    from cluster.planning import check_devices, check_placement, private_node
     from rlhf.runs.directory import RunDirectory
 
     stages = _selected(config, only)
@@ -41,6 +41,7 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
         _check_turn(config, left[0], before)
     if config.ray.address is None:
         check_placement(config, left, [private_node(config)])
+        check_devices(config, left)
     data = check_inputs(config) if left else None
     with RunDirectory.open(config.directory, config, data=None if data is None else data.files) as directory:
         left = _left(stages, directory)  # another driver may have been at work until the lock was ours

@@ -46,6 +46,26 @@ def resolve_model(reference: str) -> Path:
     return _from_hub(reference)
 
 
+def find_settings(reference: str) -> Path | None:
+    """The ``config.json`` of a model that is at hand; None where it would have to be converted or downloaded first."""
+    if reference.startswith(PACKAGE_PREFIX):
+        name = reference.removeprefix(PACKAGE_PREFIX)
+        files = _package_files(name)
+        path = _converted(name, files[0]) / "config.json" if len(files) == 1 else Path()
+        return path if path.is_file() else None
+    path = Path(reference).expanduser() / "config.json"
+    if path.is_file() or reference.startswith((".", "/", "~")):
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(reference, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def anchor_model(reference: str, base: Path) -> str:
     """Makes a folder's name absolute, from ``base``; hub ids and packages stay as they are.
 
@@ -92,21 +112,35 @@ def _from_hub(reference: str) -> Path:
 
 def _from_package(reference: str) -> Path:
     name = reference.removeprefix(PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
+    if _package_folder(name) is None:
         action = f"Install it: pip install {name.replace('_', '-')}"
         raise _missing(reference, f"no installed package {name!r}", action)
-    files = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf"))
+    files = _package_files(name)
     if len(files) != 1:
         action = "Name a package that holds exactly one model."
         raise _missing(reference, f"{len(files)} GGUF files in the package", action)
-    target = cache_directory() / "models" / f"{name}-{_package_version(name)}-{files[0].stat().st_size}"
+    target = _converted(name, files[0])
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.with_name(target.name + ".lock")):
             if not target.is_dir():
                 convert_gguf(files[0], target)
     return _check_folder(target, reference)
+
+
+def _package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def _package_files(name: str) -> list[Path]:
+    folder = _package_folder(name)
+    return [] if folder is None else sorted(folder.rglob("*.gguf"))
+
+
+def _converted(name: str, file: Path) -> Path:
+    """Where a package's model lies once it is converted."""
+    return cache_directory() / "models" / f"{name}-{_package_version(name)}-{file.stat().st_size}"
 
 
 def _package_version(name: str) -> str:
