@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from cluster.topology import NodeCapacity, RolePlan, assign
 from rlhf.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
+    from cluster.plan.devices import Device
+    from cluster.plan.fitting import StageLoads
+    from cluster.plan.stage_memory import Shapes
     from cluster.plan.target import PlanOptions, Target
 
 
@@ -95,8 +99,10 @@ def _held_plans(config: RunConfig, stages: Sequence[Stage]) -> Iterator[tuple[St
 def check_devices(config: RunConfig, stages: Sequence[Stage]) -> None:
     """Checks by arithmetic that stages fit into the memory of this machine's GPUs, where their models are at hand.
 
+    What does not fit only by the bounds of activations and buffers is a warning on standard error.
+
     Raises:
-        PlacementError: A stage does not fit; names stage, roles and a change that would.
+        PlacementError: Weights, optimizer state and caches alone have no room; names stage, roles and a change.
     """
     from cluster.plan.devices import local_device
     from cluster.plan.fitting import check_memory
@@ -111,7 +117,12 @@ def check_devices(config: RunConfig, stages: Sequence[Stage]) -> None:
         shapes = shapes_of(config)
     except ConfigError:
         return  # a model of another kind: whether it can be trained is for later checks to say
-    check_memory(config, stages, shapes, Target((private_node(config),), device))
+    target = Target((private_node(config),), device)
+    check_memory(config, stages, shapes, target, only_resident=True)
+    try:
+        check_memory(config, stages, shapes, target)
+    except PlacementError as error:
+        print(f"warning: this may not fit: {error}", file=sys.stderr)
 
 
 def print_plan(config: RunConfig, options: PlanOptions | None = None) -> int:
@@ -162,7 +173,7 @@ def print_plan(config: RunConfig, options: PlanOptions | None = None) -> int:
 
 def _print_memory(config: RunConfig, options: PlanOptions, target: Target) -> None:
     """Memory, time and cost, as far as the models are at hand."""
-    from cluster.plan import hours, report
+    from cluster.plan import report
     from cluster.plan.devices import DEFAULT
     from cluster.plan.fitting import check_memory
     from cluster.plan.stage_memory import shapes_of
@@ -184,16 +195,28 @@ def _print_memory(config: RunConfig, options: PlanOptions, target: Target) -> No
     console = report.console()
     print()
     console.print(report.memory_table(planned, None if target.device is None else target.device.memory_gib))
-    for line in report.notes(planned):
-        print(f"  {line}")
+    print(*(f"  {line}" for line in (*report.LEGEND, *report.notes(planned))), sep="\n")
     lines = report.host_lines(planned, target.host_gib)
-    print("\nmemory of the fullest node beside its GPUs", *lines, sep="\n")
-    device = target.device or DEFAULT
-    found = [
-        hours.stage_hours(config, stage.stage, shapes, stage.memories, (device, options.rows)) for stage in planned
-    ]
-    timed = [one for one in found if one is not None]
+    if lines:
+        print("\nmemory of the fullest node beside its GPUs; each process takes some 0.5 GiB more", *lines, sep="\n")
+    _print_hours(config, options, target.device or DEFAULT, planned, shapes)
+
+
+def _print_hours(
+    config: RunConfig, options: PlanOptions, device: Device, planned: Sequence[StageLoads], shapes: Shapes
+) -> None:
+    """Time and cost of the stages on GPUs."""
+    from cluster.plan import hours, report
+
+    found = {
+        plan.stage.name: hours.stage_hours(config, plan.stage, shapes, plan.memories, (device, options.rows))
+        for plan in planned
+        if any(config.resources(role).gpus for role in plan.memories)
+    }
+    timed = [one for one in found.values() if one is not None]
     if timed:
         print()
-        console.print(report.hours_table(timed, options.price))
-        print("  " + "\n  ".join(hours.assumptions(device)))
+        report.console().print(report.hours_table(timed, options.price))
+        print(*(f"  {line}" for line in hours.assumptions(device)), sep="\n")
+    for name in (name for name, one in found.items() if one is None):
+        print(f"  no time for stage {name}: its data are not at hand; say how many records they have with --rows")

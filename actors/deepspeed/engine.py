@@ -88,6 +88,11 @@ class TrainEngine:
             trained, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
         settings = deepspeed_settings(config, dtype=dtype, max_grad_norm=optim.max_grad_norm)
+        if config.zero_stage == 3:
+            # DeepSpeed would first put the whole model on every device, where a large one has no room.
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(group.device)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -1,8 +1,8 @@
 """Bytes that a forward pass leaves for the backward pass, layer by layer as transformers' Llama keeps them.
 
 Counted from the operations of ``transformers.models.llama`` and ``rlhf.models``, not from a rule of thumb: see
-``docs/planning.md``. Legend: T tokens of the rows, D width, Q width of all query heads, F width of the MLP, V vocabulary,
-b bytes of a number.
+``docs/planning.md``. Legend: T tokens of the rows, D width, Q width of all query heads, F width of the MLP,
+V vocabulary, b bytes of a number.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Trained:
 def activation_bytes(
     shape: ModelShape, config: ModelConfig, head: Head, trained: Trained, rows: Rows
 ) -> tuple[float, float]:
-    """Bytes of activations, and of logits and their gradients, at the moment when there is most of both.
+    """Bytes that wait for the backward pass, and the most that it needs besides: logits, or the gradients of a layer.
 
     Args:
         shape: The model.
@@ -83,12 +83,13 @@ def activation_bytes(
     """
     item = BYTES[config.dtype]
     layer = rows.tokens * _layer_bytes(shape, item, trained) + _attention_bytes(shape, config, item, rows)
-    last_norm = rows.tokens * _norm_bytes(shape.width, item, trained, feeds_linear=True)
+    # The head sees some of the last norm's output, copied; nothing is kept where a gradient goes no further.
+    last_norm = rows.tokens * _norm_bytes(shape.width, item, trained, feeds_linear=False) if trained.layers else 0.0
     gradients = 3.0 * item * shape.mlp_width * rows.tokens  # of the MLP, while a layer is run backwards
     weight = shape.width * shape.mlp_width * (item + 4 * (item < 4)) if trained.rank == 0 else 0
     gradients += weight if trained.layers else 0
     if config.gradient_checkpointing:
-        kept = trained.layers * item * shape.width * rows.tokens
+        kept = float(trained.layers * item * shape.width * rows.tokens)
         gradients += layer if trained.layers else 0
     else:
         kept = trained.layers * layer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.config import RunConfig, Stage, roles_of
 from cluster.plan.changes import changes_for
 from cluster.plan.devices import GIB
-from cluster.plan.parts import RoleMemory
+from cluster.plan.parts import RESIDENT, RoleMemory
 from cluster.plan.stage_memory import (
     STAYING,
     DeviceLoad,
@@ -79,7 +80,9 @@ def _fullest_host(
     return max(loads, key=lambda load: sum(load.values()), default={})
 
 
-def check_memory(config: RunConfig, stages: Sequence[Stage], shapes: Shapes, target: Target) -> list[StageLoads]:
+def check_memory(
+    config: RunConfig, stages: Sequence[Stage], shapes: Shapes, target: Target, *, only_resident: bool = False
+) -> list[StageLoads]:
     """Checks by arithmetic that every stage fits into its devices, and into the host memory that roles on GPUs need.
 
     Args:
@@ -87,6 +90,8 @@ def check_memory(config: RunConfig, stages: Sequence[Stage], shapes: Shapes, tar
         stages: Those to look at.
         shapes: Of its models; roles whose model is not at hand are left out.
         target: Nodes and devices; without a device nothing is refused.
+        only_resident: Whether to leave out what comes and goes, which is an upper bound: weights, optimizer state and
+            caches alone are certain.
 
     Returns:
         What the stages hold.
@@ -103,23 +108,29 @@ def check_memory(config: RunConfig, stages: Sequence[Stage], shapes: Shapes, tar
             found = plan_stage(config, index, shapes, target)
         except PlacementError as error:
             role = error.where.removeprefix("role ")
-            raise _with_changes(config, index, shapes, target, (role,), error) from None
-        short = _shortfall(config, found, target)
+            raise _with_changes(config, index, shapes, target, ((role,), error)) from None
+        short = _shortfall(config, found, target, only_resident)
         if short is not None:
-            raise _with_changes(config, index, shapes, target, short[0], short[1])
+            raise _with_changes(config, index, shapes, target, short)
         planned.append(found)
     return planned
 
 
 def _shortfall(
-    config: RunConfig, found: StageLoads, target: Target
+    config: RunConfig,
+    found: StageLoads,
+    target: Target,
+    only_resident: bool = False,
+    only: tuple[str, ...] | None = None,
 ) -> tuple[tuple[str, ...], PlacementError] | None:
-    """The roles and the error of the first device, or else of the node, that is too small."""
+    """The roles and the error of the first device, or else of the node, that is too small; ``only`` of some roles."""
     if target.device is None:
         return None
     most = target.device.memory_gib * GIB
-    for load in sorted(found.loads, key=lambda load: -load.total):
-        if load.total > most * (1 + 1e-9):
+    loads = [load for load in found.loads if only is None or set(only) & set(load.roles)]
+    for load in sorted(loads, key=lambda load: -load.total):
+        resident = sum(part.size for _, part in load.parts if part.kind in RESIDENT)
+        if (resident if only_resident else load.total) > most * (1 + 1e-9):
             parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in load.sums().items() if size > 0.05 * GIB)
             turn = "" if load.phase == "work" else f", phase {load.phase}"
             names = ", ".join(sorted(set(load.roles)))
@@ -131,7 +142,7 @@ def _shortfall(
             )
     beside = {role: size for role, size in found.host.items() if config.resources(role).gpus > 0}
     total = sum(found.host.values()) / GIB
-    if target.host_gib is not None and beside and total > target.host_gib:
+    if target.host_gib is not None and beside and total > target.host_gib and not only_resident:
         parts = ", ".join(f"{role} {size / GIB:.1f}" for role, size in found.host.items())
         return tuple(beside), PlacementError(
             f"role {', '.join(sorted(beside))}",
@@ -143,36 +154,47 @@ def _shortfall(
 
 
 def _with_changes(
-    config: RunConfig, index: int, shapes: Shapes, target: Target, roles: Sequence[str], error: PlacementError
+    config: RunConfig, index: int, shapes: Shapes, target: Target, short: tuple[tuple[str, ...], PlacementError]
 ) -> PlacementError:
-    """The error with the changes that would mend it, each tried."""
-    found = [" ".join(change) for change in _mending(config, index, shapes, target, roles)]
-    action = f"Set {'; or '.join(found)}." if found else error.action or "None of the usual changes is enough: use "
-    if not found and not error.action:
-        action += "a smaller model, more GPUs, or larger ones."
+    """The error with the changes that would mend it, each tried; for the whole stage, or else for those roles."""
+    roles, error = short
+    gpus = int(sum(node.gpus for node in target.nodes))
+    found: list[tuple[str, ...]] = []
+    for only in (None, roles):
+        found = found or list(
+            _mending(config, index, roles, partial(_fits, index=index, shapes=shapes, target=target, only=only), gpus)
+        )
+    action = f"Set {'; or '.join(' '.join(change) for change in found)}." if found else error.action
     stage = config.stages[index].name
-    return PlacementError(f"stage {stage}, {error.where}", found=error.found, needed=error.needed, action=action)
+    return PlacementError(
+        f"stage {stage}, {error.where}",
+        found=error.found,
+        needed=error.needed,
+        action=action or "None of the usual changes is enough: use a smaller model, more GPUs, or larger ones.",
+    )
 
 
 def _mending(
-    config: RunConfig, index: int, shapes: Shapes, target: Target, roles: Sequence[str]
+    config: RunConfig, index: int, roles: Sequence[str], fits_now: Callable[[RunConfig], bool], num_gpus: int
 ) -> Iterator[tuple[str, ...]]:
-    """The first few changes after which the stage fits, one of each kind."""
+    """The first few changes after which ``fits_now`` says yes, one of each kind."""
     kinds: set[str] = set()
-    for kind, change in changes_for(config, index, roles, int(sum(node.gpus for node in target.nodes))):
+    for kind, change in changes_for(config, index, roles, num_gpus):
         if kind in kinds or len(kinds) == MOST_CHANGES:
             continue
-        if _fits_with(config, index, shapes, target, change):
-            kinds.add(kind)
-            yield change
+        try:
+            changed = validate(RunConfig, apply_overrides(config.model_dump(mode="json"), change), "a changed recipe")
+            if not fits_now(changed):
+                continue
+        except (ConfigError, PlacementError):
+            continue
+        kinds.add(kind)
+        yield change
 
 
-def _fits_with(config: RunConfig, index: int, shapes: Shapes, target: Target, change: Sequence[str]) -> bool:
-    try:
-        document = apply_overrides(config.model_dump(mode="json"), change)
-        changed = validate(RunConfig, document, "a changed recipe")
-        stage = changed.stages[index]
-        assign([changed.plan(role) for role in sorted(roles_of(changed, stage))], target.nodes)
-        return _shortfall(changed, plan_stage(changed, index, shapes, target), target) is None
-    except (ConfigError, PlacementError):
-        return False
+def _fits(config: RunConfig, index: int, shapes: Shapes, target: Target, only: tuple[str, ...] | None) -> bool:
+    """Whether a stage fits, or at least some of its roles."""
+    stage = config.stages[index]
+    assign([config.plan(role) for role in sorted(roles_of(config, stage))], target.nodes)
+    short = _shortfall(config, plan_stage(config, index, shapes, target), target, only=only)
+    return short is None

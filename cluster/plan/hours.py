@@ -149,9 +149,8 @@ def assumptions(device: Device) -> list[str]:
         f"{device.bandwidth_gbs:g} GB/s",
         f"training at {TRAINING_SHARE:.0%} of the peak, reading at {READING_SHARE:.0%}, drawing at "
         f"{DRAWING_SHARE:.0%} of the memory bandwidth",
-        "every prompt and completion as long as the recipe allows; a file's tokens from its bytes, 4 to a token, or "
-        "half of the longest where it is not at hand",
+        "every prompt and completion as long as the recipe allows",
+        "a file's tokens from its bytes, 4 to a token, or half of the longest where only --rows is known",
         "no time for starts, moves, publications, checkpoints, evaluations while training, or an optimizer in host "
         "memory",
     ]
-

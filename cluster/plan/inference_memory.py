@@ -83,9 +83,7 @@ def _check_cache(role: str, config: EngineConfig, cache: float, sequence: float)
         )
 
 
-def frozen_memory(
-    role: str, shape: ModelShape, *, dtype: str, max_tokens: int, head: Head, on_gpu: bool
-) -> RoleMemory:
+def frozen_memory(role: str, shape: ModelShape, *, dtype: str, max_tokens: int, head: Head, on_gpu: bool) -> RoleMemory:
     """What a reward model or a reference holds: weights, and one layer's states or the logits.
 
     Args:
@@ -104,6 +102,5 @@ def frozen_memory(
     logits = 0.0
     if head == "language_model":
         logits = float(item * max_tokens * (shape.vocabulary + 2 * shape.width)) + 12.0 * CHUNK_ROWS * shape.vocabulary
-    name = "logits" if logits > states else "activations"
-    parts = (Part("weights", "weights", float(item * numbers)), Part(name, "work", max(states, logits)))
+    parts = (Part("weights", "weights", float(item * numbers)), Part("activations", "work", max(states, logits)))
     return RoleMemory(role, (*parts, *(process_parts(parts, talks=False) if on_gpu else ())))

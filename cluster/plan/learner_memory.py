@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from actors.settings import LearnerConfig
 from cluster.plan.activations import BYTES, Rows, Trained, activation_bytes
-from cluster.plan.parts import Part, process_parts
+from cluster.plan.parts import Kind, Part, process_parts
 from cluster.plan.shape import ModelShape
 from rlhf.models.settings import ModelConfig
 
@@ -54,22 +54,22 @@ def trained_of(shape: ModelShape, config: ModelConfig, head: Head) -> Trained:
     """Which numbers of a model train, and how many layers a gradient goes through."""
     total = shape.language_parameters if head == "language_model" else shape.scalar_parameters
     own_head = shape.width if head == "scalar" else 0 if shape.is_tied else shape.embedding_parameters
+    everything = frozenset(shape.linears)
     if config.adapter is not None:
         wanted = config.adapter.targets
-        names = set(shape.linears) if wanted == "all-linear" else {name.rpartition(".")[2] for name in wanted}
-        linears = {name: sizes for name, sizes in shape.linears.items() if name in names}
-        numbers = shape.layers * config.adapter.rank * sum(inputs + outputs for inputs, outputs in linears.values())
+        names = everything if wanted == "all-linear" else frozenset(name.rpartition(".")[2] for name in wanted)
+        sizes = [inputs + outputs for name, (inputs, outputs) in shape.linears.items() if name in names]
+        numbers = config.adapter.rank * (shape.layers * sum(sizes))
         if "lm_head" in names:
             numbers += config.adapter.rank * (shape.width + shape.vocabulary)
         numbers += shape.width * (head == "scalar")  # the score head trains in full, beside its frozen original
-        return Trained(total + numbers, numbers, shape.layers, frozenset(linears), config.adapter.rank)
+        return Trained(total + numbers, numbers, shape.layers, names & everything, config.adapter.rank)
     if config.trainable == "head":
         return Trained(total, own_head, 0, frozenset())
-    names = frozenset(shape.linears)
     if config.trainable == "last_layers":
         numbers = config.last_layers * shape.layer_parameters + shape.width + own_head
-        return Trained(total, numbers, config.last_layers, names)
-    return Trained(total, total, shape.layers, names)
+        return Trained(total, numbers, config.last_layers, everything)
+    return Trained(total, total, shape.layers, everything)
 
 
 def learner_parts(training: Training, *, on_gpu: bool) -> tuple[Part, ...]:
@@ -80,11 +80,11 @@ def learner_parts(training: Training, *, on_gpu: bool) -> tuple[Part, ...]:
     state = _weights(training, trained) + _optimizer(training, trained) + _gradients(training, trained)
     if training.keeps_reference and config.model.adapter is None:
         state.append(Part("reference", "state", BYTES[config.model.dtype] * shape.language_parameters))
-    activations, logits = activation_bytes(shape, config.model, training.head, trained, training.rows)
+    activations, top = activation_bytes(shape, config.model, training.head, trained, training.rows)
     backward, update = _buffers(training, trained, half)
     # Activations are gone when the optimizer steps, so its copies count only where they are more.
-    work = [Part("activations", "work", activations), Part("logits", "work", logits), Part("buffers", "work", backward)]
-    rest = update - activations - logits - backward
+    work = [Part("activations", "work", activations), Part("backward", "work", top), Part("buffers", "work", backward)]
+    rest = update - activations - top - backward
     if rest > 0:
         work.append(Part("buffers", "work", rest))
     parts = [*state, *work]
@@ -108,7 +108,7 @@ def _optimizer(training: Training, trained: Trained) -> list[Part]:
     zero, half = training.config.deepspeed, training.config.model.dtype == "bfloat16"
     shard = trained.numbers / (training.ranks if zero.zero_stage else 1)
     is_copied = half or zero.zero_stage in (1, 2) or (zero.zero_stage == 3 and zero.offload_optimizer)
-    kind = "host" if zero.offload_optimizer else "state"
+    kind: Kind = "host" if zero.offload_optimizer else "state"
     parts = [Part("optimizer", kind, (8 + 4 * is_copied) * shard)]
     if zero.offload_optimizer:  # the gradient that is stepped with, and at stages 1 and 2 the weights on their way back
         back = BYTES[training.config.model.dtype] * (zero.zero_stage < 3)

@@ -16,15 +16,19 @@ from cluster.plan.stage_memory import DeviceLoad
 
 COLUMNS = {
     "weights": ("weights", "reference"),
-    "optimizer": ("optimizer",),
-    "gradients": ("gradients",),
+    "Adam": ("optimizer",),
+    "grads": ("gradients",),
     "KV cache": ("KV cache",),
-    "activations": ("activations",),
-    "logits": ("logits",),
+    "forward": ("activations",),
+    "backward": ("backward",),
     "buffers": ("buffers", "bucket"),
     "process": ("process",),
 }
 """Columns of the table, and the parts in each."""
+LEGEND = (
+    "Adam: fp32 weights and both means. forward: what a forward pass leaves or needs. backward: logits and their",
+    "gradients, or those of a layer. buffers: DeepSpeed's, and a bucket of weights on its way to the engines.",
+)
 WIDTH = 118
 """Of tables where the output is no terminal."""
 
@@ -37,9 +41,9 @@ def console() -> Console:
 def memory_table(planned: Sequence[StageLoads], device_gib: float | None) -> Table:
     """GiB on one device of each kind, in the phase in which it holds most."""
     of = "" if device_gib is None else f" of {device_gib:g}"
-    table = Table(title=f"memory of one device, GiB{of}", title_justify="left", box=None, pad_edge=False)
+    table = _table(f"memory of one device, GiB{of}")
     for name in ("stage", "roles", "phase"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=20 if name == "roles" else None)
     for name in (*COLUMNS, "total"):
         table.add_column(name, justify="right")
     for stage in planned:
@@ -91,7 +95,7 @@ def host_lines(planned: Sequence[StageLoads], host_gib: float | None) -> list[st
 
 def hours_table(found: Sequence[StageHours], price: float | None) -> Table:
     """Tokens, hours, GPU-hours and cost by stage."""
-    table = Table(title="time on GPUs, at most", title_justify="left", box=None, pad_edge=False)
+    table = _table("time on GPUs, at most")
     names = ["stage", "tokens drawn", "tokens trained", "hours", "of which", "GPUs", "GPU-hours"]
     for name in names + (["cost"] if price is not None else []):
         table.add_column(name, justify="left" if name in ("stage", "of which") else "right", overflow="fold")
@@ -106,6 +110,10 @@ def hours_table(found: Sequence[StageHours], price: float | None) -> Table:
         cost = [] if price is None else [f"{gpu_hours * price:,.2f}"]
         table.add_row(stage, *counts, f"{gpu_hours:,.1f}", *cost)
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="none", box=None, pad_edge=False)
 
 
 def _shares(by_role: Mapping[str, float]) -> str:

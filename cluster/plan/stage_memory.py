@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.parts import ENGINE_PARTS
 from cluster.config import RunConfig, Stage, learners_of, roles_of
@@ -19,6 +20,9 @@ from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import PreferenceStage, RewardStage, SupervisedStage
 from cluster.stages.online import OnlineStage
 from cluster.topology import SMALL_ROLES
+
+if TYPE_CHECKING:
+    from rlhf.objectives.base import Head
 
 STAYING = frozenset({"generation", "judge", "scorer", "reference"})
 """Fleets that stay from stage to stage while there is room."""
@@ -120,7 +124,7 @@ def role_memory(
         )
     if role in ("scorer", "reference"):
         section = config.roles.scorer if role == "scorer" else config.roles.reference
-        head = "scalar" if role == "scorer" else "language_model"
+        head: Head = "scalar" if role == "scorer" else "language_model"
         most = section.max_tokens_per_batch
         return frozen_memory(role, shape, dtype=section.dtype, max_tokens=most, head=head, on_gpu=on_gpu)
     training = Training(
@@ -165,9 +169,7 @@ def rows_of(config: RunConfig, stage: Stage, limit: int) -> Rows:
     return Rows(tokens, prompt, completion, siblings, targets=tokens)
 
 
-def stage_memories(
-    config: RunConfig, stage: Stage, shapes: Shapes, device_gib: float | None
-) -> dict[str, RoleMemory]:
+def stage_memories(config: RunConfig, stage: Stage, shapes: Shapes, device_gib: float | None) -> dict[str, RoleMemory]:
     """What one actor of each role of a stage holds; roles without a model here are left out."""
     found = {role: role_memory(config, stage, role, shapes, device_gib) for role in sorted(roles_of(config, stage))}
     return {role: memory for role, memory in found.items() if memory is not None}
@@ -260,9 +262,7 @@ def engine_starts(
     return loads
 
 
-def host_bytes(
-    config: RunConfig, memories: Mapping[str, RoleMemory], counts: Mapping[str, int]
-) -> dict[str, float]:
+def host_bytes(config: RunConfig, memories: Mapping[str, RoleMemory], counts: Mapping[str, int]) -> dict[str, float]:
     """Memory of one node beside its GPUs, by role: roles on CPUs, offloaded optimizers, and what is put aside.
 
     Args:

@@ -53,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of a node (default 1)")
     group.add_argument("--gpu", choices=sorted(CATALOGUE), help=f"their kind (default {DEFAULT.name})")
     group.add_argument("--gpu-memory-gib", type=float, metavar="M", help="memory of a GPU, where it is of another kind")
-    group.add_argument("--cpus-per-node", type=float, metavar="C", help=f"CPUs of a node (default {CPUS_PER_GPU} a GPU)")
+    group.add_argument(
+        "--cpus-per-node", type=float, metavar="C", help=f"CPUs of a node (default {CPUS_PER_GPU} a GPU)"
+    )
     group.add_argument("--host-memory-gib", type=float, metavar="H", help="memory of a node beside its GPUs")
     parser.add_argument("--price-per-gpu-hour", type=float, metavar="P", help="shows cost, in the price's currency")
     parser.add_argument("--rows", type=int, metavar="R", help="records of a data file that is not at hand")
@@ -65,7 +67,15 @@ def options_of(arguments: argparse.Namespace) -> PlanOptions:
     Raises:
         ConfigError: A number that is not above 0.
     """
-    names = ("nodes", "gpus_per_node", "gpu_memory_gib", "cpus_per_node", "host_memory_gib", "price_per_gpu_hour", "rows")
+    names = (
+        "nodes",
+        "gpus_per_node",
+        "gpu_memory_gib",
+        "cpus_per_node",
+        "host_memory_gib",
+        "price_per_gpu_hour",
+        "rows",
+    )
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not value > 0:

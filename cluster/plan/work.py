@@ -63,8 +63,8 @@ def samples_of(config: RunConfig, stage: Stage, rows: int | None) -> Samples | N
     prompt, completion = float(config.max_prompt_tokens), float(config.sampling.max_tokens)
     match stage:
         case OnlineStage():
-            prompts = stage.loop.steps * stage.loop.prompts_per_step
-            return Samples(prompts, stage.loop.num_samples, prompt, completion, stage.algorithm.num_epochs)
+            drawn_for = stage.loop.steps * stage.loop.prompts_per_step
+            return Samples(drawn_for, stage.loop.num_samples, prompt, completion, stage.algorithm.num_epochs)
         case EvaluateStage():
             prompts = _prompts_in(config, stage.split, rows)
             num = 2 * stage.num_samples  # before and after
@@ -98,8 +98,11 @@ def _records(config: RunConfig, stage: SupervisedStage, rows: int | None) -> Sam
 
 def _prompts_in(config: RunConfig, split: str, rows: int | None) -> float | None:
     section = getattr(config.data, split)
-    counted = None if section is None else _lines(Path(section.path))
-    return counted[0] if counted is not None else rows
+    if section is None:
+        return rows
+    counted = _lines(Path(section.path))
+    found = rows if counted is None else counted[0]
+    return found if found is None or section.limit is None else min(found, section.limit)
 
 
 def _lines(path: Path) -> tuple[float, float] | None:
