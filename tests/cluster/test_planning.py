@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ import pytest
 
 from cluster import planning
 from cluster.config import RunConfig, roles_of
-from cluster.planning import check_placement, print_plan, private_node
+from cluster.plan.devices import CATALOGUE
+from cluster.planning import check_devices, check_placement, print_plan, private_node
 from cluster.topology import NodeCapacity
 from rlhf.config import load_file, merge, validate
 from rlhf.errors import PlacementError
@@ -120,3 +124,81 @@ def test_a_private_cluster_has_the_gpus_that_this_process_may_see(monkeypatch: p
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         node = private_node(config)
         assert (node.cpus, node.gpus) == (4, found), visible
+
+
+def gpu_recipe(model: Path, **learner: Any) -> RunConfig:
+    roles = {"learner": {"resources": {"gpus": 1}}, "generation": {"engine": {"max_model_len": 1024}}}
+    stage = {"kind": "sft", "data": {"path": "chats.jsonl"}, "learner": learner}
+    return quickstart({"model": str(model), "roles": roles}, stages=[stage])
+
+
+@pytest.fixture
+def seven_billion(tmp_path: Path) -> Path:
+    """A folder with the settings of a 7B model and no weights."""
+    shape = QUICKSTART.parent / "gpu" / "shapes" / "Qwen2.5-7B-Instruct" / "config.json"
+    (tmp_path / "config.json").write_text(shape.read_text())
+    return tmp_path
+
+
+def test_a_run_is_refused_for_what_is_certain_and_warned_of_the_rest(
+    seven_billion: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.plan.devices.local_device", lambda: CATALOGUE["a100-80gb"])
+    monkeypatch.setattr(planning, "_count_gpus", lambda: 1)
+    config = gpu_recipe(seven_billion)
+    with pytest.raises(PlacementError) as caught:
+        check_devices(config, config.stages)
+    assert caught.value.where == "stage sft, role learner"
+    adapter = {"adapter": {"rank": 16}, "gradient_checkpointing": True}
+    greedy = gpu_recipe(seven_billion, model=adapter, max_tokens_per_micro_batch=200_000)
+    check_devices(greedy, greedy.stages)
+    assert "warning: this may not fit: stage sft, role learner" in capsys.readouterr().err
+    modest = gpu_recipe(seven_billion, model=adapter)
+    check_devices(modest, modest.stages)
+    assert not capsys.readouterr().err
+
+
+def test_a_model_that_is_not_at_hand_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.plan.devices.local_device", lambda: CATALOGUE["l4-24gb"])
+    config = gpu_recipe(Path("nobody-has/seven-billion"))
+    check_devices(config, config.stages)
+
+
+def test_more_host_memory_than_there_is_is_a_warning_on_cpus(
+    seven_billion: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.plan.devices.host_memory_gib", lambda: 16.0)
+    config = quickstart({"model": str(seven_billion)}, stages=[{"kind": "feedback"}, {"kind": "reward"}])
+    assert print_plan(config) == 0
+    assert "WARNING: more than the 16.0 GiB that it has" in capsys.readouterr().out
+
+
+def test_a_cluster_that_is_elsewhere_has_to_be_described(
+    seven_billion: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = gpu_recipe(seven_billion)
+    elsewhere = config.model_copy(update={"ray": config.ray.model_copy(update={"address": "10.0.0.1:6379"})})
+    assert print_plan(elsewhere) == 0, "nothing is refused for devices that are not known"
+    out = capsys.readouterr().out
+    assert "describe it with --nodes" in out
+    assert "memory of one device, GiB" in out and "GiB of" not in out
+
+
+def test_a_model_of_another_kind_is_named_and_the_rest_is_planned(
+    seven_billion: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (seven_billion / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    config = quickstart({"model": str(seven_billion)}, stages=[{"kind": "feedback"}])
+    assert print_plan(config) == 0
+    assert "memory is not planned" in capsys.readouterr().out
+
+
+def test_planning_loads_nothing_heavy() -> None:
+    recipe = QUICKSTART.parent / "gpu" / "one_node_7b.yaml"
+    code = (
+        "import sys; from cluster.cli import main; "
+        f"main(['plan', {str(recipe)!r}, '--gpus-per-node', '8']); "
+        "print(sorted({'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -90,7 +90,7 @@ def test_an_engine_without_room_for_its_weights_is_cut_over_more_gpus() -> None:
     error = refusal(config, cluster(nodes=2, gpus=8, device=small))
     assert error.where == "stage rl, role generation"
     assert "for the KV cache" in error.found
-    assert "roles.generation.engine.tensor_parallel_size=4 roles.generation.resources.gpus=4" in error.action
+    assert "roles.generation.engine.tensor_parallel_size=2 roles.generation.resources.gpus=2" in error.action
 
 
 def test_nothing_helps_where_nothing_does() -> None:
