@@ -185,10 +185,9 @@ def _print_memory(config: RunConfig, options: PlanOptions, target: Target) -> No
         return
     for reference in shapes.missing:
         print(f"\nmodel {reference} is not at hand: its roles are left out of what follows")
-    for shape in [shapes.start, *shapes.others.values()]:
-        if shape is not None and options.shapes is not None and Path(shape.source).is_relative_to(options.shapes):
-            print(f"\nthe shape of a model that is not at hand is read from {shape.source}")
-            break
+    for reference, shape in shapes.others.items():
+        if options.shapes is not None and Path(shape.source).is_relative_to(options.shapes):
+            print(f"\nmodel {reference} is not at hand: its shape is read from {shape.source}")
     planned = check_memory(config, config.stages, shapes, target)
     if not any(stage.memories for stage in planned):
         return

@@ -13,7 +13,7 @@ from cluster.plan.devices import Device
 from cluster.plan.parts import RoleMemory
 from cluster.plan.shape import ModelShape
 from cluster.plan.stage_memory import Shapes, shape_of
-from cluster.plan.work import Samples, forward_operations, samples_of, training_operations
+from cluster.plan.work import Samples, forward_operations, questions_of, samples_of, training_operations
 from cluster.stages.online import OnlineStage
 
 TRAINING_SHARE = 0.4
@@ -70,6 +70,7 @@ def stage_hours(
     if samples is None or not gpus or any(shape_of(config, stage, role, shapes) is None for role in memories):
         return None
     by_role = {}
+    reads = (samples.row_tokens, samples.context), _judged(config, stage, samples)
     for role, memory in memories.items():
         shape = shape_of(config, stage, role, shapes)
         assert shape is not None
@@ -78,7 +79,7 @@ def stage_hours(
         elif role in learners_of(stage):
             seconds = _learning_seconds(stage, role, shape, samples, device)
         else:
-            seconds = _reading_seconds(config, role, shape, samples, device)
+            seconds = _reading_seconds(config, role, shape, reads[role == "judge"], device)
         by_role[role] = seconds / config.plan(role).count / 3600
     learning = sum(hours for role, hours in by_role.items() if role in ("learner", "critic", "reference"))
     drawing = sum(by_role.values()) - learning
@@ -107,17 +108,22 @@ def _learning_seconds(stage: Stage, role: str, shape: ModelShape, samples: Sampl
     return slow * (trained / TRAINING_SHARE + read / READING_SHARE) / (device.peak_tflops * 1e12)
 
 
-def _reading_seconds(config: RunConfig, role: str, shape: ModelShape, samples: Samples, device: Device) -> float:
-    """Seconds that one replica would take to judge, score or measure all completions."""
+def _judged(config: RunConfig, stage: Stage, samples: Samples) -> tuple[float, float]:
+    """Tokens that a judge reads, and how many each sees; questions are at most as long as the engine takes."""
+    longest = config.roles.judge.engine.max_model_len
+    return questions_of(config, stage, samples) * longest, longest / 2
+
+
+def _reading_seconds(
+    config: RunConfig, role: str, shape: ModelShape, read: tuple[float, float], device: Device
+) -> float:
+    """Seconds that one replica would take to read so many tokens, of which each sees so many."""
     section = getattr(config.roles, role)
-    if role == "judge":  # each completion with its prompt and what is asked of it: at most what the engine takes
-        tokens, dtype = samples.completions * section.engine.max_model_len, section.engine.dtype
-        pieces = section.engine.tensor_parallel_size
-    else:
-        tokens, dtype, pieces = samples.row_tokens, section.dtype, 1
+    judges = role == "judge"
+    dtype = section.engine.dtype if judges else section.dtype
+    pieces = section.engine.tensor_parallel_size if judges else 1
     slow = FP32_SLOWDOWN if dtype == "float32" else 1.0
-    operations = forward_operations(shape, tokens, samples.context)
-    return slow * operations / (READING_SHARE * device.peak_tflops * 1e12 * pieces)
+    return slow * forward_operations(shape, *read) / (READING_SHARE * device.peak_tflops * 1e12 * pieces)
 
 
 def drawing_seconds(

@@ -17,6 +17,7 @@ from cluster.stages.evaluate import EvaluateStage
 from cluster.stages.feedback import FeedbackStage
 from cluster.stages.offline import SupervisedStage
 from cluster.stages.online import OnlineStage
+from rlhf.errors import ConfigError
 
 BYTES_PER_TOKEN = 4.0
 """Bytes of a data file for one token, where a supervised stage's file is at hand."""
@@ -114,6 +115,21 @@ def _lines(path: Path) -> tuple[float, float] | None:
         seen = handle.read(MOST_BYTES_READ)
     lines = max(1, seen.count(b"\n"))
     return lines * max(1.0, size / len(seen) if seen else 1.0), len(seen) / lines / BYTES_PER_TOKEN
+
+
+def questions_of(config: RunConfig, stage: Stage, samples: Samples) -> float:
+    """What a judge is asked: once for each completion, or in both orders for each pair of siblings.
+
+    Pairs are counted where the constitution is not at hand.
+    """
+    from rlhf.feedback.constitution import load_constitution
+
+    path = config.constitutions.evaluation if isinstance(stage, EvaluateStage) else config.constitutions.training
+    try:
+        pairs = path is None or load_constitution(path).config.mode == "pairwise"
+    except ConfigError:
+        pairs = True
+    return samples.completions * (samples.siblings - 1 if pairs else 1)
 
 
 def forward_operations(shape: ModelShape, tokens: float, context: float) -> float:

@@ -126,10 +126,10 @@ def test_a_private_cluster_has_the_gpus_that_this_process_may_see(monkeypatch: p
         assert (node.cpus, node.gpus) == (4, found), visible
 
 
-def gpu_recipe(model: Path, **learner: Any) -> RunConfig:
+def gpu_recipe(folder: Path, **learner: Any) -> RunConfig:
     roles = {"learner": {"resources": {"gpus": 1}}, "generation": {"engine": {"max_model_len": 1024}}}
     stage = {"kind": "sft", "data": {"path": "chats.jsonl"}, "learner": learner}
-    return quickstart({"model": str(model), "roles": roles}, stages=[stage])
+    return quickstart({"model": str(folder), "roles": roles}, stages=[stage])
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from actors.settings import LearnerConfig
 from cluster.plan.fitting import plan_stage
 from cluster.plan.hours import StageHours, stage_hours
 from cluster.plan.shape import ModelShape
-from cluster.plan.work import forward_operations, samples_of, training_operations
+from cluster.plan.work import forward_operations, questions_of, samples_of, training_operations
 from rlhf.models.settings import LoraConfig, ModelConfig
-from tests.cluster.plan.recipes import A100, cluster, recipe, rl, sft, shapes
+from tests.cluster.plan.recipes import A100, GPU_RECIPES, cluster, recipe, rl, sft, shapes
 
 SMALL = ModelShape(vocabulary=1000, width=64, layers=2, heads=4, kv_heads=4, head_width=16, mlp_width=128)
 SHARDED = {"model": {"gradient_checkpointing": False}, "deepspeed": {"zero_stage": 3}}
@@ -98,3 +98,15 @@ def test_rows_come_from_the_file_where_it_is_at_hand(tmp_path: Path) -> None:
 def test_nothing_is_timed_without_gpus() -> None:
     config = recipe(sft(), roles={"learner": {"resources": {"gpus": 0}}})
     assert hours_of(config, replace(cluster(), device=None), rows=100) is None
+
+
+def test_a_pairwise_judge_is_asked_for_both_orders_of_every_pair() -> None:
+    constitutions = GPU_RECIPES.parent / "constitutions"
+    for name, questions in (("helpful_pairwise", 20 * 4 * 3), ("film_reviews", 20 * 4), ("nowhere", 20 * 4 * 3)):
+        config = recipe(
+            {"kind": "feedback", "num_prompts": 20, "loop": {"num_samples": 4}},
+            constitutions={"training": str(constitutions / f"{name}.yaml")},
+        )
+        samples = samples_of(config, config.stages[0], None)
+        assert samples is not None
+        assert questions_of(config, config.stages[0], samples) == questions, name

@@ -74,7 +74,7 @@ def test_the_command_in_the_head_prints_memory_time_and_cost(capsys: pytest.Capt
     assert main([*command_in(path), "--price-per-gpu-hour", "2"]) == 0
     out = capsys.readouterr().out
     assert "memory of one device, GiB of 79.2" in out
-    assert "is read from" in out and "Qwen2.5-7B-Instruct" in out
+    assert "model Qwen/Qwen2.5-7B-Instruct is not at hand: its shape is read from" in out
     hours, cost = re.findall(r"^sft .* ([\d.]+) +([\d.]+) *$", out, re.MULTILINE)[-1]
     assert 30 < float(hours) < 130, "of the order of 64 A100-hours"
     assert float(cost) == pytest.approx(2 * float(hours), rel=0.01)
