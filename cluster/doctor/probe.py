@@ -109,7 +109,7 @@ def listeners() -> list[dict[str, Any]]:
     """
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for connection in psutil.net_connections(kind="tcp"):
-        if connection.status != psutil.CONN_LISTEN:
+        if connection.status != psutil.CONN_LISTEN or not connection.laddr:
             continue
         name, title, variables = _process(connection.pid)
         port, address = connection.laddr.port, connection.laddr.ip

@@ -46,7 +46,7 @@ def build_tiny_model(folder: Path) -> None:
         pad_token_id=fast.pad_token_id,
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     fast.save_pretrained(folder)
 
 
