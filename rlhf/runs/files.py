@@ -151,7 +151,10 @@ def _unreadable(where: str, found: str) -> RecordError:
 def append_json_line(path: Path, document: Mapping[str, Any]) -> None:
     """Appends one JSON line with a single write, so that lines of several processes never mix.
 
-    A partial line that a crash left at the end is closed first, so it spoils itself only.
+    A partial line that a crash or a full disk left at the end is closed first, so it spoils itself only.
+
+    Raises:
+        RecordError: The disk is full, or the file cannot be written.
     """
     line = json.dumps(document, allow_nan=False, ensure_ascii=False).encode() + b"\n"
     try:
@@ -161,7 +164,8 @@ def append_json_line(path: Path, document: Mapping[str, Any]) -> None:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            os.write(descriptor, line)
+            while line:  # a disk that is nearly full takes a part without a word, and then refuses the rest
+                line = line[os.write(descriptor, line) :]
         finally:
             os.close(descriptor)
     except OSError as error:
