@@ -16,6 +16,9 @@ from typing import Any, NoReturn
 
 from rlhf.errors import DataError
 
+MAX_LINE_BYTES = 16 * 2**20
+"""A longer line is no row: line ends were lost, or it is another kind of file."""
+
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 """Half of a surrogate pair; JSON's reader joins whole ones."""
 
@@ -91,7 +94,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Reads a whole data file by its suffix: ``.jsonl``, ``.csv`` or ``.parquet``.
 
     Raises:
-        DataError: No such file, unknown suffix, empty file, not UTF-8, broken line, duplicate column or key.
+        DataError: No such file, unknown suffix, empty file, not UTF-8, broken or endless line, duplicate column or key.
     """
     file = resolve_file(path)
     reader = _READERS.get(file.suffix.lower())
@@ -158,16 +161,36 @@ def check_unique(rows: Iterable[Row], column: str) -> None:
 
 def _decoded_lines(file: Path) -> Iterator[tuple[int, str]]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}:{number}",
-                    found=f"byte 0x{line[error.start]:02x} at column {error.start + 1}, which is not UTF-8",
-                    needed="UTF-8 text",
-                    action="Convert the file, for example with iconv.",
-                ) from None
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            yield number, _decoded(line, f"{file}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+
+
+def _decoded(line: bytes, where: str, encoding: str) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            where,
+            found=f"a line of more than {MAX_LINE_BYTES // 2**20} MiB",
+            needed="one row a line",
+            action="Look whether line ends were lost; a JSON list has to become one object a line.",
+        )
+    if (place := line.find(b"\0")) >= 0:
+        raise DataError(
+            where,
+            found=f"a NUL byte at column {place + 1}, as in a file whose writer was cut off",
+            needed="text",
+            action="Write the file again, or remove the row.",
+        )
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            where,
+            found=f"byte 0x{line[error.start]:02x} at column {error.start + 1}, which is not UTF-8",
+            needed="UTF-8 text",
+            action="Convert the file, for example with iconv.",
+        ) from None
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -25,7 +25,8 @@ class SmallRun:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        self._errors = tempfile.NamedTemporaryFile("w", encoding="utf-8")  # not on the disk that may be full
+        # Not beside the folder: its disk may be full.
+        self._errors = tempfile.NamedTemporaryFile("w", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.drills.small_run", str(folder)],
             cwd=ROOT,
