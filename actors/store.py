@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from rlhf.errors import DeadlineError, RolloutsLostError, ValueLostError
+from rlhf.errors import DeadlineError, RolloutsLostError, StoreFullError, ValueLostError
 from rlhf.types import GroupHandle, Handle, RolloutGroup, Verdict
 
 T = TypeVar("T")
@@ -67,15 +67,18 @@ class RayStore:
 
         Raises:
             DeadlineError: The owner did not take it in time.
+            StoreFullError: There is no room, neither in memory nor on the disk that the store spills to.
         """
         import ray
 
-        if self._owner is None:
-            return ray.put(value)
         try:
+            if self._owner is None:
+                return ray.put(value)
             [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
         except ray.exceptions.GetTimeoutError:
             self._too_late("put", "the owner's answer")
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise _no_room(error) from error
         return handle
 
     def get(self, handle: Handle) -> Any:
@@ -106,6 +109,16 @@ class RayStore:
             needed=needed,
             action="Look at the recorder's log and at the network between the nodes.",
         ) from None
+
+
+def _no_room(error: Exception) -> StoreFullError:
+    return StoreFullError(
+        "object store, put",
+        found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+        needed="room for one more group or bucket, in memory or on the disk that the store spills to",
+        action="Raise ray.object_store_gib of the recipe (of a cluster: `ray start --object-store-memory`), free the "
+        "disk under Ray's temporary folder, or lower loop.prompts_per_step or roles.generation.bucket_mib.",
+    )
 
 
 def fetch_payload(handle: GroupHandle, store: Store) -> RolloutGroup:

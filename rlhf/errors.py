@@ -80,6 +80,11 @@ class ValueLostError(RlhfError):
     """What a handle stands for went away with the node that held it."""
 
 
+class StoreFullError(RlhfError):
+    """The object store of a node, and the disk that it spills to, have no room for a value; another replica on that
+    node would not have it either."""
+
+
 class RolloutsLostError(RlhfError):
     """Rollout groups went away with the node that held them; their prompts are dispatched again by uid.
 
