@@ -81,8 +81,7 @@ class ValueLostError(RlhfError):
 
 
 class StoreFullError(RlhfError):
-    """The object store of a node, and the disk that it spills to, have no room for a value; another replica on that
-    node would not have it either."""
+    """The object store of a node, and the disk that it spills to, have no room; another replica has no more of it."""
 
 
 class RolloutsLostError(RlhfError):

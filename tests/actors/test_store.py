@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from actors.roles import FleetScorer, RemoteRecorder, StageRecorder
 from actors.rules import RulesWorker
 from actors.store import LocalStore, RayStore, fetch_all, fetch_payload
 from actors.training_groups import fetch_group
-from rlhf.errors import DeadlineError, RolloutsLostError, ValueLostError
+from rlhf.errors import DeadlineError, RolloutsLostError, StoreFullError, ValueLostError
 from rlhf.rewards.rules import NonEmptyRule
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, VersionSpan
 
@@ -53,6 +54,24 @@ def test_a_group_whose_annotation_is_gone_is_lost() -> None:
     with pytest.raises(RolloutsLostError) as caught:
         fetch_all(handles, LossyStore(), fetch_group, where="learner")
     assert caught.value.uids == ("b",)
+
+
+@pytest.mark.parametrize("kind", ["ObjectStoreFullError", "OutOfDiskError"])
+@pytest.mark.parametrize("where", ["here", "at the owner"])
+def test_a_store_without_room_says_what_to_raise(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    full = getattr(ray.exceptions, kind)("no room for 7 GiB")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise full if where == "here" else ray.exceptions.RayTaskError("keep", "traceback", full).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "put", refuse)
+    monkeypatch.setattr(ray, "get", refuse)
+    owner = None if where == "here" else SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
+    with pytest.raises(StoreFullError, match="Raise ray.object_store_gib") as caught:
+        RayStore(owner).put(1)
+    assert kind in caught.value.found
 
 
 class Never:

@@ -15,6 +15,17 @@ def test_the_doctor_finds_a_cuda_build_for_the_gpu():
     assert checks["vllm"].ok, checks["vllm"].action
 
 
+@pytest.mark.timeout(1500)
+def test_the_doctors_small_run_goes_through_on_the_gpu(tmp_path):
+    from cluster.doctor import gather_facts
+    from cluster.doctor.command import visible_gpus
+    from cluster.doctor.trial import check_trial
+
+    num_gpus = visible_gpus(gather_facts())
+    assert num_gpus
+    assert [check.found for check in check_trial(num_gpus, None, tmp_path) if not check.ok] == []
+
+
 def test_a_matrix_product_on_the_gpu_agrees_with_the_cpu():
     import torch
 
