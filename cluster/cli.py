@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     _config_arguments(run)
     run.add_argument("--stage", help="run this stage only, by name")
 
+    _submit_parser(commands.add_parser("submit", help="the same as run, as a job on a Ray cluster"))
+
     plan = commands.add_parser("plan", help="devices, memory, time and cost, and whether it fits, by arithmetic")
     _config_arguments(plan)
     add_options(plan)
@@ -47,6 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--run-dir", type=Path, help="folder for run directories that all its nodes share")
     doctor.add_argument("--full", action="store_true", help="one small run for real too: minutes")
     return parser
+
+
+def _submit_parser(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--address", required=True, help="dashboard of the cluster's head, http://HOST:8265")
+    parser.add_argument("--storage", type=Path, metavar="DIR", help="shared folder that run_dir counts from")
+    mode = parser.add_mutually_exclusive_group()
+    for flag, word, text in (
+        ("--no-wait", "no-wait", "return as soon as the job is submitted"),
+        ("--follow", "attach", "follow the run's newest job; start none"),
+        ("--status", "status", "list the run's jobs"),
+        ("--cancel", "cancel", "let the run save and end"),
+    ):
+        mode.add_argument(flag, dest="mode", action="store_const", const=word, default="follow", help=text)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +105,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         asked = ", ".join(f"{role}={count}" for role, count in wanted.items())
         print(f"{arguments.run}: asked the driver for {asked}; events.jsonl says what comes of it")
         return 0
+
+    if arguments.command == "submit":
+        from cluster.jobs import Request, submit
+
+        asked_for = (arguments.config, arguments.overrides, arguments.address, arguments.storage, arguments.mode)
+        return submit(Request(*asked_for))
 
     from cluster.config import load_run_config
 

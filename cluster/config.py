@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -278,54 +278,68 @@ def _learns_from_rankings(stage: Stage) -> bool:
     return isinstance(stage, RewardStage | PreferenceStage)
 
 
-def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads a recipe. Paths inside it, but for ``run_dir``, are relative to its folder and come out absolute.
+def read_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a recipe as it is written: its paths are still relative to its folder.
 
     Raises:
         ConfigError: The first fault, with file and key.
     """
     document = apply_overrides(load_file(path), overrides)
     document.setdefault("name", path.stem)
-    config = validate(RunConfig, document, str(path))
-    return _anchored(config, path.resolve().parent)
+    return validate(RunConfig, document, str(path))
 
 
-def _anchored(config: RunConfig, base: Path) -> RunConfig:
-    """Makes the paths of a recipe absolute, so that the kept config runs from anywhere."""
+def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a recipe. Paths inside it, but for ``run_dir``, are relative to its folder and come out absolute.
 
-    def absolute(value: Path | None) -> Path | None:
-        return None if value is None else _anchored_path(value, base)
+    Raises:
+        ConfigError: The first fault, with file and key.
+    """
+    base = path.resolve().parent
+    return map_paths(
+        read_run_config(path, overrides),
+        file=lambda _, named: str((base / Path(named).expanduser()).resolve()),
+        model=lambda _, named: anchor_model(named, base),
+    )
 
+
+MapPath = Callable[[str, str], str]
+"""Takes a key of the recipe and what is named there, and returns what is to be named instead."""
+
+
+def map_paths(config: RunConfig, *, file: MapPath, model: MapPath) -> RunConfig:
+    """A recipe with other paths: ``file`` is asked for data files and constitutions, ``model`` for models."""
     data = {
-        name: section.model_copy(update={"path": str(absolute(Path(section.path)))})
+        name: section.model_copy(update={"path": file(f"data.{name}.path", str(section.path))})
         for name in ("train", "validation", "evaluation")
         if (section := getattr(config.data, name)) is not None
     }
-    constitutions = {name: absolute(getattr(config.constitutions, name)) for name in ("training", "evaluation")}
+    constitutions = {
+        name: Path(file(f"constitutions.{name}", str(path)))
+        for name in ("training", "evaluation")
+        if (path := getattr(config.constitutions, name)) is not None
+    }
     judge = config.roles.judge
     if judge.model is not None:
-        judge = judge.model_copy(update={"model": anchor_model(judge.model, base)})
+        judge = judge.model_copy(update={"model": model("roles.judge.model", judge.model)})
+    stages = [_map_stage(stage, f"stages.{index}", file, model) for index, stage in enumerate(config.stages)]
     return config.model_copy(
         update={
-            "model": anchor_model(config.model, base),
+            "model": model("model", config.model),
             "data": config.data.model_copy(update=data),
-            "stages": [_anchored_stage(stage, base) for stage in config.stages],
+            "stages": stages,
             "constitutions": config.constitutions.model_copy(update=constitutions),
             "roles": config.roles.model_copy(update={"judge": judge}),
         }
     )
 
 
-def _anchored_path(path: Path, base: Path) -> Path:
-    return (base / path.expanduser()).resolve()
-
-
-def _anchored_stage(stage: Stage, base: Path) -> Stage:
+def _map_stage(stage: Stage, key: str, file: MapPath, model: MapPath) -> Stage:
     update: dict[str, Any] = {}
     if isinstance(stage, FeedbackStage | SupervisedStage) and stage.data is not None:
-        update["data"] = stage.data.model_copy(update={"path": str(_anchored_path(Path(stage.data.path), base))})
+        update["data"] = stage.data.model_copy(update={"path": file(f"{key}.data.path", str(stage.data.path))})
     for part, learner in learners_of(stage).items():
         if learner.model.path:
-            model = learner.model.model_copy(update={"path": anchor_model(learner.model.path, base)})
-            update[part] = learner.model_copy(update={"model": model})
+            path = model(f"{key}.{part}.model.path", learner.model.path)
+            update[part] = learner.model_copy(update={"model": learner.model.model_copy(update={"path": path})})
     return stage.model_copy(update=update)

@@ -9,6 +9,7 @@ Layout::
     checkpoints/STAGE/step_N/   see ``rlhf.runs.checkpoint``
     policy/ reward_model/ STAGE/policy/   Hugging Face layout
     tensorboard/STAGE/ ray_train/STAGE/ control/
+    inputs/DIGEST/              data and constitutions that came along with a submitted run
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rlhf.errors import ConfigError
 from rlhf.runs.environment import describe_environment
 from rlhf.runs.events import EventLog
 from rlhf.runs.files import TEMPORARY, read_json, write_json, write_text
-from rlhf.runs.names import is_stage_name
+from rlhf.runs.names import INPUTS, is_stage_name
 from rlhf.runs.redact import redact
 
 RESUMABLE_KEYS = (
@@ -286,7 +287,8 @@ class RunDirectory:
             raise ConfigError(str(self.root), found="a file", needed=needed, action=action)
         if not self.root.is_dir() or self.config.is_file():
             return
-        others = sorted(p.name for p in self.root.iterdir() if p.name != _LOCK and not p.name.startswith(TEMPORARY))
+        known = (_LOCK, INPUTS)
+        others = sorted(p.name for p in self.root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
         if others:
             found = f"a directory with {others[0]!r} and no config.yaml"
             raise ConfigError(str(self.root), found=found, needed=needed, action=action)

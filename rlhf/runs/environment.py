@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -37,6 +38,9 @@ PACKAGES = (
 )
 """Whose versions are written down, where they are installed."""
 
+REVISION_FILE = "revision.json"
+"""Beside the packages of code that was sent: what ``git_revision`` said where it came from."""
+
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
@@ -50,8 +54,14 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision(directory: Path | None = None) -> dict[str, Any] | None:
-    """Revision of the working tree that the package runs from, and whether it has changes; None outside of one."""
+    """Revision of the working tree that the package runs from, and whether it has changes; None outside of one.
+
+    Code that was sent to a cluster is no working tree: the revision of the one that it was sent from lies beside it.
+    """
     root = directory or Path(__file__).resolve().parents[2]
+    if (root / REVISION_FILE).is_file():
+        sent: dict[str, Any] | None = json.loads((root / REVISION_FILE).read_text(encoding="utf-8"))
+        return sent
     if not (root / ".git").exists():
         return None
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+INPUTS = "inputs"
+"""Folder of the files that came along with a submitted run; it may be there before the run is."""
+
 RUN_FOLDERS = frozenset(
     {"checkpoints", "control", "eval", "groups", "policy", "rankings", "ray_train", "reward_model", "rollouts"}
-    | {"stages", "tensorboard", "verdicts"}
+    | {"stages", "tensorboard", "verdicts", INPUTS}
 )
 """Folders of every run; a stage that trains a policy has one more, under its own name."""
 

@@ -1,0 +1,88 @@
+"""What a submitted job does on the cluster before its driver: looks whether the run can go on there, lays its files.
+
+``python -m cluster.job_setup FOLDER``: the folder has the recipe and its files, see ``cluster.shipping``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster.config import RunConfig, load_run_config
+from cluster.shipping import RECIPE, judge_key_variable
+from rlhf.errors import ConfigError, RlhfError
+from rlhf.runs.names import INPUTS
+
+
+def set_up(folder: Path) -> None:
+    """Checks the judge's key and the storage, and puts the recipe's files where all nodes find them.
+
+    Raises:
+        ConfigError: The key is not set on the cluster, or ``run_dir`` is not on shared storage.
+        ClusterError: There is no cluster here.
+    """
+    config = load_run_config(folder / RECIPE)
+    check_key(config)
+    check_storage(config.directory.parent)
+    lay_inputs(folder / INPUTS, config.directory / INPUTS)
+
+
+def check_key(config: RunConfig) -> None:
+    """The judging service's key is in the environment of this node, and so, one hopes, of all others."""
+    variable = judge_key_variable(config)
+    if variable is not None and not os.environ.get(variable):
+        raise ConfigError(
+            "roles.judge.endpoint.api_key_variable",
+            found=f"no environment variable {variable} on the cluster",
+            needed=f"the key of {config.roles.judge.endpoint.base_url if config.roles.judge.endpoint else 'the judge'}",
+            action="Set it where the nodes are started, before `ray start`; a submitted job takes no secrets along.",
+        )
+
+
+def check_storage(folder: Path) -> None:
+    """Every node sees the folder in which the run directory is to lie."""
+    from cluster.placement import connect, disconnect
+    from cluster.storage import check_shared
+
+    connect("auto", num_cpus=None, object_store_bytes=None)
+    try:
+        check_shared(folder)
+    finally:
+        disconnect()
+
+
+def lay_inputs(source: Path, target: Path) -> None:
+    """Copies the recipe's files into the run directory; their folders are named by content, so one that is there stays.
+
+    A folder appears whole or not at all.
+    """
+    for folder in sorted(source.iterdir()) if source.is_dir() else []:
+        place = target / folder.name
+        if place.is_dir():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=target))
+        try:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            partial.chmod(0o755)
+            if not place.is_dir():
+                partial.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of the job where its driver is not to start, else 0."""
+    try:
+        set_up(Path(arguments[0]))
+    except RlhfError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
