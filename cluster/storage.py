@@ -80,9 +80,9 @@ def look(probe: str, word: str, node: str) -> str:
     return ""
 
 
-def wait_for_text(path: Path, timeout_s: float = SEEN_WITHIN_S) -> str:
-    """The text of a file as soon as it has one; empty where it has none in time."""
-    deadline = time.monotonic() + timeout_s
+def wait_for_text(path: Path) -> str:
+    """The text of a file as soon as it has one; empty where it has none within ``SEEN_WITHIN_S``."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
     while True:
         with contextlib.suppress(OSError):
             if text := path.read_text(encoding="utf-8"):
