@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "manifests" / "slurm.sbatch"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "cluster" / "manifests" / "slurm.sbatch"
 
 PROGRAMS = {
     "scontrol": 'case $1 in show) printf "n1\\nn2\\nn3\\n" ;; esac',
@@ -22,11 +24,14 @@ PROGRAMS = {
     "srun": """
 case "$*" in
   *hostname*) echo "10.0.0.1 172.17.0.1" ;;
-  *) trap 'say ended; exit 0' TERM; while :; do sleep 0.05; done ;;
+  *) trap 'say ended; exit 0' TERM; say up; while :; do sleep 0.05; done ;;
 esac""",
     "python": """
 case "$1" in -c) echo -n 0123456789abcdef ;; esac
-case "$*" in *"cluster.nodes wait"*) exit "${NODES_CODE:-0}" ;; esac""",
+case "$*" in *"cluster.nodes wait"*)
+  until (($(grep -c '^srun up$' "$CALLS") == 2)); do sleep 0.05; done
+  exit "${NODES_CODE:-0}" ;;
+esac""",
     "rlhf": """
 say token "$(stat -c %a "$RAY_AUTH_TOKEN_PATH") $RAY_AUTH_MODE $RAY_ADDRESS"
 if [[ -n ${RUN_LASTS:-} ]]; then
@@ -52,6 +57,7 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path / "home"),
         "RLHF_ENV": str(tmp_path / "env"),
+        "CALLS": str(tmp_path / "calls"),
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_CPUS_PER_TASK": "16",
@@ -177,3 +183,18 @@ def test_joining_becomes_ray_start(monkeypatch: pytest.MonkeyPatch) -> None:
         nodes.main(["join", address])
     assert become == [["ray", "start", f"--address={address}", "--block"]]
     assert sys.modules["cluster.nodes"] is nodes
+
+
+def test_every_option_of_ray_start_that_is_named_exists() -> None:
+    """In the script, the manifests' head, and the guide."""
+    from ray.scripts.scripts import start
+
+    known = {name for parameter in start.params for name in parameter.opts}
+    guide = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    named = set()
+    for text in (SCRIPT.read_text(encoding="utf-8"), guide):
+        for line in re.sub(r"\\\n", " ", text).splitlines():
+            if "ray start --" in line:
+                named |= set(re.findall(r"--[a-z][a-z-]+", line.split("ray start", 1)[1].split("`")[0]))
+    assert {"--head", "--address", "--dashboard-host"} <= named
+    assert named <= known | {"--block"}
