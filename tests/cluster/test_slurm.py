@@ -171,6 +171,14 @@ def test_joining_waits_for_the_head_and_gives_up_with_a_reason(capsys) -> None:
     assert "no answer in" in capsys.readouterr().err
 
 
+def test_waiting_for_a_head_that_is_not_there_ends(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from cluster import nodes
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert nodes.main(["wait", "2", "--timeout", "0.2"]) == 3
+    assert "the head at 127.0.0.1:1" in capsys.readouterr().err
+
+
 def test_joining_becomes_ray_start(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
@@ -185,6 +193,7 @@ def test_joining_becomes_ray_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sys.modules["cluster.nodes"] is nodes
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")
 def test_every_option_of_ray_start_that_is_named_exists() -> None:
     """In the script, the manifests' head, and the guide."""
     from ray.scripts.scripts import start
