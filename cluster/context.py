@@ -26,8 +26,9 @@ from cluster.placement import Placer, cluster_nodes, connect, disconnect, free_r
 from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
+from cluster.storage import check_shared
 from cluster.topology import fits
-from rlhf.errors import ClusterError, PlacementError, RlhfError
+from rlhf.errors import ClusterError, ConfigError, PlacementError, RlhfError
 from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
@@ -297,6 +298,7 @@ async def open_context(
 
     Raises:
         ClusterError: There is no cluster; as below.
+        ConfigError: Not all nodes of the cluster share the run directory; as below.
         PlacementError: A stage does not fit; nothing was placed, and the directory of a new run is withdrawn.
     """
     if clear_requests(run.root):
@@ -304,7 +306,7 @@ async def open_context(
     try:
         try:
             await _join(config, stages)
-        except (ClusterError, PlacementError):
+        except (ClusterError, ConfigError, PlacementError):
             run.withdraw()  # what was refused can be mended and tried again in the same directory
             raise
         start = Policy(resolve_model(config.model), 0)
@@ -334,7 +336,7 @@ async def open_context(
 
 
 async def _join(config: RunConfig, stages: Sequence[Stage]) -> None:
-    """Connects, and returns once the cluster has room for every stage."""
+    """Connects, and returns once the cluster has room for every stage and all of it sees the run directory."""
     object_store = config.ray.object_store_gib
     connect(
         config.ray.address,
@@ -344,6 +346,7 @@ async def _join(config: RunConfig, stages: Sequence[Stage]) -> None:
     check_placement(config, stages, cluster_nodes())
     if config.ray.address is not None:
         await wait_for_room(config, stages)
+        await asyncio.to_thread(check_shared, config.directory.resolve())
 
 
 async def wait_for_room(config: RunConfig, stages: Sequence[Stage], timeout_s: float = SETTLE_S) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +22,9 @@ ANSWER_TIMEOUT_S = 60.0
 """Longest silence of the server in one answer, or while a package goes to it."""
 
 _TAKES_PRECEDENCE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+"""Modules of Ray that tell of every package and connection in a log of their own."""
+
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -62,6 +66,8 @@ def connect_jobs(address: str) -> RunJobClient:
         if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
             said = "the token goes over the network unencrypted; a tunnel to localhost or https keeps it secret"
             print(f"rlhf submit: {said}", file=sys.stderr)
+    for name in _TALKATIVE:
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     with _without(_TAKES_PRECEDENCE), job_errors(address):
         return RunJobClient(address)
 

@@ -1,6 +1,7 @@
-"""What a submitted job does on the cluster before its driver: looks whether the run can go on there, lays its files.
+"""What a submitted job does on the cluster before its driver: looks for the judge's key, lays the recipe's files.
 
-``python -m cluster.job_setup FOLDER``: the folder has the recipe and its files, see ``cluster.shipping``.
+``python -m cluster.job_setup FOLDER``: the folder has the recipe and its files, see ``cluster.shipping``. It is no
+driver itself: with the first driver of a job that ends Ray removes the job's working directory.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from rlhf.runs.names import INPUTS
 
 
 def set_up(folder: Path) -> None:
-    """Checks the judge's key and the storage, and puts the recipe's files where all nodes find them.
+    """Checks the judge's key, and puts the recipe's files where all nodes find them.
 
     Raises:
-        ConfigError: The key is not set on the cluster, or ``run_dir`` is not on shared storage.
-        ClusterError: There is no cluster here.
+        ConfigError: The key is not set on the cluster, or the run directory cannot be written.
     """
     config = load_run_config(folder / RECIPE)
     check_key(config)
-    check_storage(config.directory.parent)
     lay_inputs(folder / INPUTS, config.directory / INPUTS)
 
 
@@ -42,36 +41,37 @@ def check_key(config: RunConfig) -> None:
         )
 
 
-def check_storage(folder: Path) -> None:
-    """Every node sees the folder in which the run directory is to lie."""
-    from cluster.placement import connect, disconnect
-    from cluster.storage import check_shared
-
-    connect("auto", num_cpus=None, object_store_bytes=None)
-    try:
-        check_shared(folder)
-    finally:
-        disconnect()
-
-
 def lay_inputs(source: Path, target: Path) -> None:
     """Copies the recipe's files into the run directory; their folders are named by content, so one that is there stays.
 
     A folder appears whole or not at all.
+
+    Raises:
+        ConfigError: The run directory cannot be written.
     """
-    for folder in sorted(source.iterdir()) if source.is_dir() else []:
-        place = target / folder.name
-        if place.is_dir():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=target))
-        try:
-            shutil.copytree(folder, partial, dirs_exist_ok=True)
-            partial.chmod(0o755)
-            if not place.is_dir():
-                partial.rename(place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for folder in sorted(source.iterdir()) if source.is_dir() else []:
+            if not (target / folder.name).is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+                _lay(folder, target / folder.name)
+    except OSError as error:
+        raise ConfigError(
+            str(target),
+            found=error.strerror or str(error),
+            needed="a folder that the job can write",
+            action="Choose another run_dir or mend the permissions.",
+        ) from error
+
+
+def _lay(folder: Path, place: Path) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place.parent))
+    try:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        partial.chmod(0o755)
+        if not place.is_dir():
+            partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -353,7 +353,7 @@ class _Log:
 
 
 def entrypoint() -> str:
-    """What the job runs in its working directory: a look at the cluster, then the driver in the place of the shell.
+    """What the job runs in its working directory: its set-up, then the driver in the place of the shell.
 
     The signal of a job that is cancelled so reaches the driver, and the exit code of the job is the driver's.
     """

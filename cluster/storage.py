@@ -22,7 +22,7 @@ def check_shared(folder: Path, timeout_s: float = 120.0) -> int:
     """Returns the number of living nodes, all of which read here what this process writes, and the other way round.
 
     Args:
-        folder: Is made where it is not there.
+        folder: The run directory.
         timeout_s: For all nodes together.
 
     Raises:
@@ -31,7 +31,6 @@ def check_shared(folder: Path, timeout_s: float = 120.0) -> int:
     word = secrets.token_hex(8)
     probe = folder / f".rlhf-probe-{word}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
         (probe / "driver").write_text(word, encoding="utf-8")
     except OSError as error:
@@ -94,7 +93,7 @@ def wait_for_text(path: Path) -> str:
 
 def _not_shared(folder: Path, found: str) -> ConfigError:
     return ConfigError(
-        f"run_dir in {folder}",
+        f"run_dir {folder}",
         found=found,
         needed="storage that every node of the cluster reads and writes",
         action="Set run_dir to a folder on such storage (a network file system or a volume that all nodes mount).",

@@ -29,7 +29,6 @@ def judged_recipe(folder: Path) -> Path:
 
 
 def test_a_key_that_the_cluster_has_not_is_told_before_anything_starts(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(job_setup, "check_storage", lambda _: pytest.fail("the key comes first"))
     monkeypatch.delenv("RLHF_JUDGE_API_KEY", raising=False)
     judged_recipe(tmp_path)
     assert job_setup.main([str(tmp_path)]) == 2
@@ -43,23 +42,23 @@ def test_a_key_that_is_there_is_not_shown(tmp_path: Path, monkeypatch, capsys) -
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_files_come_after_the_checks(tmp_path: Path, monkeypatch) -> None:
+def test_the_files_come_after_the_checks(tmp_path: Path, monkeypatch, capsys) -> None:
     recipe = judged_recipe(tmp_path)
     (tmp_path / "inputs" / "abc").mkdir(parents=True)
     (tmp_path / "inputs" / "abc" / "data.jsonl").write_text("{}", encoding="utf-8")
-    looked: list[Path] = []
-
-    def refuse(folder: Path) -> None:
-        looked.append(folder)
-        raise ConfigError("run_dir", found="not shared", needed="shared", action="Share it.")
-
-    monkeypatch.setenv("RLHF_JUDGE_API_KEY", "key")
-    monkeypatch.setattr(job_setup, "check_storage", refuse)
+    monkeypatch.delenv("RLHF_JUDGE_API_KEY", raising=False)
     assert job_setup.main([str(recipe.parent)]) == 2
-    assert looked == [tmp_path / "runs"] and not (tmp_path / "runs").exists()
-    monkeypatch.setattr(job_setup, "check_storage", lambda _: None)
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("RLHF_JUDGE_API_KEY", "key")
     assert job_setup.main([str(recipe.parent)]) == 0
     assert (tmp_path / "runs/film/inputs/abc/data.jsonl").is_file()
+
+
+def test_a_run_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "inputs" / "abc").mkdir(parents=True)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="run_dir"):
+        job_setup.lay_inputs(tmp_path / "inputs", tmp_path / "file" / "inputs")
 
 
 def test_a_node_answers_what_it_sees(tmp_path: Path, monkeypatch) -> None:
@@ -72,14 +71,15 @@ def test_a_node_answers_what_it_sees(tmp_path: Path, monkeypatch) -> None:
     assert "cannot write" in look(str(tmp_path), "word", "no/folder")
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="at the driver's node"):
-        storage.check_shared(tmp_path / "file" / "runs")
+        storage.check_shared(tmp_path / "file")
 
 
 @pytest.mark.engine
 def test_all_nodes_of_a_cluster_are_asked(ray_cluster: None, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "runs").mkdir()
     assert storage.check_shared(tmp_path / "runs") == 1
     assert list((tmp_path / "runs").iterdir()) == [], "no probe is left"
     monkeypatch.setattr(storage, "look", lambda *_: "what the driver wrote is not seen there")
