@@ -45,7 +45,7 @@ class GenerationWorker:
         version: int = 0,
         name: str = "generation",
     ) -> None:
-        self._engine = VllmEngine(model, engine, cores=cores, version=version, name=name)
+        self._engine = VllmEngine(model, engine, cores=cores, version=version, name=name, role="generation")
         self._dtype = engine.dtype
         self._max_model_len = engine.max_model_len
         self._sampling = sampling

@@ -270,7 +270,7 @@ class JudgeWorker(JudgeBase):
         super().__init__(name or Path(model).name, constitutions, store, seed=seed, keep_answers=False)
         self._model = Path(model)
         self._max_model_len = engine.max_model_len
-        self._engine = VllmEngine(model, engine, cores=cores, name=f"judge {self._judge}")
+        self._engine = VllmEngine(model, engine, cores=cores, name=f"judge {self._judge}", role="judge")
         self._tokenizer: Any = None
         self._label_ids: dict[tuple[str, str], tuple[int, int]] = {}
 

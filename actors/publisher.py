@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.calls import await_ref
 from actors.fleet import Event, Fleet
+from actors.fleet_status import note_version
 from actors.gang import LearnerGang
 from rlhf.errors import PublicationError
 from rlhf.weights import combine_digests
@@ -39,6 +40,7 @@ class BucketPublisher:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         fleet.welcome = self.welcome
+        note_version(fleet, version)
 
     async def publish(self, version: int) -> Mapping[str, float]:
         """Returns when every replica serves ``version``; one that failed to take it was replaced by another that has.
@@ -54,6 +56,7 @@ class BucketPublisher:
                 if self.fleet.healthy:
                     raise
             self._version = version
+            note_version(self.fleet, version)
         if self.fleet.num_missing:
             num_lost = self.fleet.num_missing
             self._event("publication_repair", role=self.fleet.role, version=version, num_lost=num_lost)

@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.calls import await_ref
 from actors.fleet import Fleet
+from actors.fleet_status import handed_out
 from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
 from rlhf.feedback.rankings import RankingConfig
 from rlhf.types import GroupHandle, Judgement, Prompt, Score
@@ -29,7 +30,8 @@ def _failing_as(kind: type[RlhfError]) -> Iterator[None]:
 async def _metered(fleet: Fleet, meter: Meter, method: str, groups: Sequence[GroupHandle], *args: Any) -> list[Any]:
     """Shares groups out over a fleet and meters their tokens; results in the groups' order."""
     began = time.monotonic()
-    found = await fleet.scatter(method, list(groups), *args)
+    with handed_out(fleet, len(groups)):
+        found = await fleet.scatter(method, list(groups), *args)
     meter(fleet.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
     return found
 
@@ -46,7 +48,7 @@ class FleetGenerator:
     ) -> list[GroupHandle]:
         """See ``Generator.generate``."""
         began = time.monotonic()
-        with _failing_as(EngineError):
+        with _failing_as(EngineError), handed_out(self._fleet, len(prompts)):
             groups: list[GroupHandle] = await self._fleet.scatter_stream(
                 "stream", list(prompts), num_samples, version, exact
             )
@@ -85,7 +87,9 @@ class FleetJudge:
 
     async def _judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
         began = time.monotonic()
-        given: list[Judgement] = await self._fleet.scatter("judge", list(groups), self._constitution, self._shuffled)
+        asked = (self._constitution, self._shuffled)
+        with handed_out(self._fleet, len(groups)):
+            given: list[Judgement] = await self._fleet.scatter("judge", list(groups), *asked)
         if num_tokens := sum(judgement.num_tokens for judgement in given):
             self._meter(self._fleet.role, num_tokens, time.monotonic() - began)
         return given

@@ -37,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     scale.add_argument("run", type=Path, metavar="RUN", help="run directory")
     scale.add_argument("roles", nargs="+", metavar="ROLE=N", help="for example generation=3 judge=2")
 
+    status = commands.add_parser("status", help="show how a run stands, live on a terminal")
+    status.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    status.add_argument("--once", action="store_true", help="print it once, as is done where there is no terminal")
+    status.add_argument("--json", action="store_true", help="print it once, as JSON for programs")
+
     report = commands.add_parser("report", help="write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN", help="run directory")
 
@@ -97,6 +102,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         print(write_report(arguments.run))
         return 0
+    if arguments.command == "status":
+        from cluster.status import show_status
+
+        return show_status(arguments.run, once=arguments.once, as_json=arguments.json)
     if arguments.command == "scale":
         from cluster.control import parse_scale, request_scale
 

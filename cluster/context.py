@@ -22,6 +22,7 @@ from actors.settings import LearnerConfig
 from actors.store import RayStore
 from cluster.config import RunConfig, Stage
 from cluster.control import ScaleRequests, clear_requests, request_stop
+from cluster.observer import Board, observed
 from cluster.placement import Placer, cluster_nodes, connect, disconnect, free_resources
 from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
@@ -33,9 +34,9 @@ from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
 from rlhf.runs.directory import RunDirectory
-from rlhf.runs.files import read_json, write_json
-from rlhf.runs.memory import RUN_MARK, MemorySampler
+from rlhf.runs.memory import RUN_MARK, MemorySampler, read_peak_memory, write_peak_memory
 from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.status import clear_status
 from rlhf.runs.timings import Timings
 from rlhf.types import Prompt
 
@@ -87,6 +88,7 @@ class RunContext:
         stopping: Set by the first SIGTERM or SIGINT.
         serving: What the generation fleet holds; None while a learner publishes to it.
         reference: What the reference fleet holds.
+        board: What ``rlhf status`` sees of the parts that the context does not own.
     """
 
     config: RunConfig
@@ -100,6 +102,7 @@ class RunContext:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     serving: Policy | None = None
     reference: Policy | None = None
+    board: Board = field(default_factory=Board)
     _fleets: dict[str, Fleet] = field(default_factory=dict)
     _placers: dict[str, Placer] = field(default_factory=dict)
     _recorder: RemoteRecorder | None = None
@@ -162,6 +165,11 @@ class RunContext:
             self._fleets["generation"].welcome = None
 
     # Fleets
+
+    @property
+    def fleets(self) -> Mapping[str, Fleet]:
+        """Those that run, by role."""
+        return self._fleets
 
     def has_fleet(self, role: str) -> bool:
         """Whether the role's fleet runs."""
@@ -236,6 +244,7 @@ class RunContext:
         common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
         meter, num_epochs = self.timings.add_tokens, kwargs["algorithm"].num_epochs
         gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s, meter=meter, num_epochs=num_epochs)
+        self.board.gangs[role] = gang
         try:
             for rank in range(section.ranks):
                 info = RankInfo(
@@ -258,6 +267,7 @@ class RunContext:
             await gang.stop()
         finally:
             self._unshare(role)
+            self.board.gangs.pop(role, None)
             gang.kill()
             placer.close()
 
@@ -301,6 +311,7 @@ async def open_context(
         ConfigError: Not all nodes of the cluster share the run directory; as below.
         PlacementError: A stage does not fit; nothing was placed, and the directory of a new run is withdrawn.
     """
+    clear_status(run.root)
     if clear_requests(run.root):
         run.events.record("scaling_dropped", reason="asked of an earlier driver; this one starts what the recipe says")
     try:
@@ -320,17 +331,18 @@ async def open_context(
             gate=build_gate(config),
             inputs=inputs,
         )
-        watch = asyncio.create_task(context.watch_control())
         with MemorySampler(marker=os.environ[RUN_MARK], initial_gib=read_peak_memory(run)) as memory:
-            try:
-                yield context
-            finally:
-                watch.cancel()
-                [ended] = await asyncio.gather(watch, return_exceptions=True)
-                if isinstance(ended, Exception):
-                    context.event("control_lost", error=repr(ended))
-                await context.close()
-                write_peak_memory(run, memory.stop())
+            async with observed(context, memory):
+                watch = asyncio.create_task(context.watch_control())
+                try:
+                    yield context
+                finally:
+                    watch.cancel()
+                    [ended] = await asyncio.gather(watch, return_exceptions=True)
+                    if isinstance(ended, Exception):
+                        context.event("control_lost", error=repr(ended))
+                    await context.close()
+                    write_peak_memory(run, memory.stop())
     finally:
         disconnect()
 
@@ -366,17 +378,6 @@ async def wait_for_room(config: RunConfig, stages: Sequence[Stage], timeout_s: f
             if time.monotonic() >= deadline:
                 raise
         await asyncio.sleep(min(1.0, timeout_s / 10))
-
-
-def read_peak_memory(run: RunDirectory) -> float:
-    """The highest memory that earlier drivers of this run saw, GiB."""
-    path = run.root / "memory.json"
-    return float(read_json(path)["peak_memory_gib"]) if path.is_file() else 0.0
-
-
-def write_peak_memory(run: RunDirectory, peak_gib: float) -> None:
-    """Keeps the highest memory for the summary and for the next driver."""
-    write_json(run.root / "memory.json", {"peak_memory_gib": peak_gib})
 
 
 def latest_policy(config: RunConfig, run: RunDirectory, start: Policy) -> Policy:

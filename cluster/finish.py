@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.context import Policy, latest_policy, read_peak_memory
+from cluster.context import Policy, latest_policy
 from rlhf.evaluation.criteria import check_criteria
 from rlhf.evaluation.report_card import EvalSummary
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json, replacing_folder, share_file
+from rlhf.runs.memory import read_peak_memory
 from rlhf.runs.model_card import write_policy_card, write_reward_model_card
 from rlhf.runs.report import write_report
 from rlhf.runs.summary import FeedbackSummary, RewardModelSummary, Summary, format_summary, write_summary

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.calls import await_ref
 from actors.fleet import Fleet
+from actors.fleet_status import note_version
 from actors.roles import FleetAnnotator, FleetJudge, FleetScorer
 from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.loops.gate import GatedSource
@@ -54,6 +55,7 @@ async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
             await fleet.change_weights(welcome, "load_folder", *load)
     fleet.welcome = welcome  # a newcomer starts from what the fleet was first created with
     context.serving = policy
+    note_version(fleet, policy.version)
     return fleet
 
 

@@ -15,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.telemetry import RUN_LABEL
 from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
 from cluster.watchdog import CLUSTER_MARK, Watchdog
@@ -212,7 +213,7 @@ class Placer:
         slot = kept or (self._reserve(1), 0)
         # Where nothing is set Ray sets what an actor reserves; models on another node count its cores themselves.
         threads = self._resources.threads or os.cpu_count() or 1
-        mark = {RUN_MARK: os.environ.get(RUN_MARK, "")} | KEEP_ENVIRONMENT
+        mark = {name: os.environ.get(name, "") for name in (RUN_MARK, RUN_LABEL)} | KEEP_ENVIRONMENT
         variables = {"OMP_NUM_THREADS": str(threads)} | mark | dict(env or {})
         handle: Any = (
             ray.remote(worker)

@@ -56,16 +56,25 @@ class VllmEngine:
         cores: Which CPU cores, or how many threads, its processes may use.
         version: Version number of the weights in the folder.
         name: For errors, for example ``"generation[0]"``.
+        role: Whose engine it is, in metrics.
     """
 
     def __init__(
-        self, model: Path, config: EngineConfig, *, cores: Cores | None = None, version: int = 0, name: str = "engine"
+        self,
+        model: Path,
+        config: EngineConfig,
+        *,
+        cores: Cores | None = None,
+        version: int = 0,
+        name: str = "engine",
+        role: str = "engine",
     ) -> None:
         self._model = Path(model)
         self._config = config
         self._cores = cores or Cores()
         self._start_version = version
         self._link = EngineLink(name)
+        self._role = role
         self.weights = WeightUpdates(self._link, config.update_timeout_s)
         self._pids: list[int] = []
         self._in_flight: dict[str, RequestOutputCollector] = {}
@@ -130,8 +139,10 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             from actors.vllm.arguments import engine_arguments
+            from actors.vllm.stats import stat_loggers
 
-            return AsyncLLM.from_engine_args(engine_arguments(self._model, self._config, self._link.name))
+            arguments = engine_arguments(self._model, self._config, self._link.name)
+            return AsyncLLM.from_engine_args(arguments, stat_loggers=stat_loggers(self._role))
 
     async def stop(self) -> None:
         """Ends the engine's processes, whatever state they are in; may be called twice."""

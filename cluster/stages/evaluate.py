@@ -56,6 +56,7 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
     measured: dict[str, list[GroupHandle]] = {}
     num_completions = len(prompts) * sum(num_samples for _, num_samples in arms.values())
     with Progress(stage.name, 2 * num_completions) as bar:  # each completion is drawn and measured
+        context.board.progress[stage.name] = bar
         for arm, (policy, num_samples) in arms.items():
             sampled[arm] = await _sample(context, stage, policy, prompts, num_samples)
             bar.advance(len(prompts) * num_samples)

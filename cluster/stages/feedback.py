@@ -80,6 +80,7 @@ async def _from_judge(context: RunContext, stage: FeedbackStage) -> dict[str, An
         event=context.event,
     )
     with Progress(stage.name, len(prompts)) as bar:
+        context.board.progress[stage.name] = bar
         await label(roles, stage.loop, prompts, version=context.policy.version, progress=bar.advance)
     results: dict[str, Any] = {"source": "judge", **await recorder.call("feedback_counts", stage.name)}
     if stage.measure_agreement:

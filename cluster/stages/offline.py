@@ -154,6 +154,7 @@ async def _shown(context: RunContext, stage: str, interval_s: float = 1.0) -> As
     from rlhf.runs.follow import FollowedProgress
 
     progress = FollowedProgress(stage, context.run.events.path, context.run.metrics)
+    context.board.progress[stage] = progress
 
     async def follow() -> None:
         try:

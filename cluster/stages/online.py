@@ -140,6 +140,7 @@ class _OnlineRun:
         async with self.roles.gate.hold("publish"):
             await self.publisher.publish(version + first_step)
         with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
+            context.board.progress[stage.name] = self.progress
             hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set, context.event)
             done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
         if done < stage.loop.steps:

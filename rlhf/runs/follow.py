@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf.runs.progress import Progress
+from rlhf.runs.progress import Progress, Steps
 
 STEPS_KNOWN = "training_started"
 """Event with which an offline stage says how many steps it has, and how many an earlier driver has done."""
@@ -72,6 +72,11 @@ class FollowedProgress:
         self._stream = stream
         self._bar: Progress | None = None
         self._open = contextlib.ExitStack()
+
+    @property
+    def steps(self) -> Steps | None:
+        """Where it is now; None before that is known."""
+        return None if self._bar is None else self._bar.steps
 
     def update(self) -> None:
         """Shows the newest step, if there is one."""

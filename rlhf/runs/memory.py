@@ -12,6 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rlhf.runs.directory import RunDirectory
+from rlhf.runs.files import read_json, write_json
+
 RUN_MARK = "RLHF_RUN_MARKER"
 """Environment variable that every process of a run carries, engines' children included; its value names the run."""
 
@@ -101,8 +104,14 @@ class MemorySampler:
         self._marker = marker
         self._interval_s = interval_s
         self._peak = initial_gib
+        self._last = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
+
+    @property
+    def memory_gib(self) -> float:
+        """The last sample; 0 before the first."""
+        return self._last
 
     @property
     def peak_memory_gib(self) -> float:
@@ -127,9 +136,21 @@ class MemorySampler:
         return self._peak
 
     def _sample(self) -> None:
-        self._peak = max(self._peak, total_gib(self._root_pid, self._marker))
+        self._last = total_gib(self._root_pid, self._marker)
+        self._peak = max(self._peak, self._last)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._sample()
             self._stop.wait(self._interval_s)
+
+
+def read_peak_memory(run: RunDirectory) -> float:
+    """The highest memory that earlier drivers of this run saw, GiB."""
+    path = run.root / "memory.json"
+    return float(read_json(path)["peak_memory_gib"]) if path.is_file() else 0.0
+
+
+def write_peak_memory(run: RunDirectory, peak_gib: float) -> None:
+    """Keeps the highest memory for the summary and for the next driver."""
+    write_json(run.root / "memory.json", {"peak_memory_gib": peak_gib})

@@ -5,8 +5,31 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How far some work is.
+
+    Attributes:
+        done: Steps done, those of earlier drivers included.
+        total: Steps in all.
+        here: Steps done by this driver, those that it did again not counted twice.
+        seconds: How long this driver has been at it.
+    """
+
+    done: int
+    total: int
+    here: int
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first step."""
+        return self.seconds / self.here * max(self.total - self.done, 0) if self.here > 0 else None
 
 
 class Progress:
@@ -66,6 +89,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    @property
+    def steps(self) -> Steps:
+        """Where it is now."""
+        return Steps(self._done, self._total, self._done - self._first, self._clock() - self._started)
+
     def advance(self, steps: int = 1, **values: float) -> None:
         """Moves on by ``steps`` and shows a few numbers beside, for example ``reward=0.31``."""
         self.reach(self._done + steps, **values)
@@ -85,14 +113,14 @@ class Progress:
             self._stream.flush()
 
     def _line(self, now: float, note: str) -> str:
-        elapsed = now - self._started
-        here = self._done - self._first
-        left = elapsed / here * max(self._total - self._done, 0) if here > 0 else 0.0
-        line = f"{self._label}: {self._done}/{self._total}, {_clock_time(elapsed)} passed, {_clock_time(left)} left"
+        steps = Steps(self._done, self._total, self._done - self._first, now - self._started)
+        passed, left = clock_time(steps.seconds), clock_time(steps.seconds_left or 0.0)
+        line = f"{self._label}: {self._done}/{self._total}, {passed} passed, {left} left"
         return f"{line}, {note}" if note else line
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

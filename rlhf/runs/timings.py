@@ -65,6 +65,11 @@ class Timings:
             stages.setdefault(stage, {})[phase] = round(value, 3)
         return stages
 
+    def tokens(self) -> dict[str, tuple[float, float]]:
+        """Tokens that each role worked through, and the seconds that it took."""
+        with self._lock:
+            return {role: (tokens, seconds) for role, (tokens, seconds) in self._tokens.items()}
+
     def throughput(self) -> dict[str, float]:
         """Tokens per second by role, over the time that the role was at work."""
         with self._lock:

@@ -14,13 +14,13 @@ import pytest
 
 from cluster.cli import build_parser
 from cluster.config import RunConfig, load_run_config
-from cluster.context import read_peak_memory, write_peak_memory
 from cluster.finish import build_summary, summarise
 from rlhf.config import validate
 from rlhf.evaluation.bootstrap import BootstrapConfig
 from rlhf.evaluation.instruments import RESULTS, Instruments
 from rlhf.evaluation.report_card import ReportCardConfig, grade
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.memory import read_peak_memory, write_peak_memory
 from rlhf.runs.summary import read_summary
 from rlhf.runs.timings import Timings
 from tests.rlhf.evaluation.rows import eval_rows

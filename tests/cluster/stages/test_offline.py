@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext
+from cluster.observer import Board
 from cluster.stages import offline
 from cluster.stages.offline import SupervisedStage, _shown, learning_temperature, run_offline
 from rlhf.config import validate
@@ -55,7 +56,7 @@ def test_what_the_policy_drew_is_learned_at_the_temperature_it_was_drawn_at_unle
 
 def test_the_driver_shows_the_steps_that_rank_0_writes_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path)
-    context: Any = SimpleNamespace(run=run, event=run.events.record)
+    context: Any = SimpleNamespace(run=run, event=run.events.record, board=Board())
 
     async def train() -> None:
         async with _shown(context, "sft", interval_s=0.01):
@@ -71,7 +72,7 @@ def test_the_driver_shows_the_steps_that_rank_0_writes_down(tmp_path: Path, caps
 
 def test_a_display_that_fails_ends_no_training(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    context: Any = SimpleNamespace(run=run, event=run.events.record)
+    context: Any = SimpleNamespace(run=run, event=run.events.record, board=Board())
 
     async def train() -> None:
         async with _shown(context, "sft", interval_s=0.01):
