@@ -57,10 +57,16 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "All that comes between two steps counts: validation, checkpoint, restarts.",
             ),
             Panel(
-                "Phases at work",
-                ((_rate("ray_rlhf_phase_seconds_total", "stage, phase"), "{{stage}}/{{phase}}"),),
-                "percentunit",
-                "Share of the time in which each phase is at work. Phases overlap.",
+                "Seconds of a step by phase",
+                (
+                    (
+                        "sum by (stage, phase) (increase(ray_rlhf_phase_seconds_total{RUN}[10m]))"
+                        " / on (stage) group_left () sum by (stage) (increase(ray_rlhf_steps_total{RUN}[10m]))",
+                        "{{stage}}/{{phase}}",
+                    ),
+                ),
+                "s",
+                "Over the last ten minutes. Phases overlap, so they need not sum to a step.",
             ),
         ),
     ),

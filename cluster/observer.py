@@ -140,8 +140,9 @@ class Observer:
     async def close(self) -> None:
         """Writes what is left to say: the driver has ended by itself."""
         try:
-            if self._viewing is not None:
+            if self._viewing is not None:  # nobody needs its answer, nor its failure
                 self._viewing.cancel()
+                await asyncio.gather(self._viewing, return_exceptions=True)
             await asyncio.to_thread(self._follow)
             self._view = None
             status = self._status(ended=True)
@@ -207,7 +208,7 @@ class Observer:
         """Takes what the cluster has answered and asks again when it is time; nothing waits for its answer."""
         if self._viewing is not None and self._viewing.done():
             viewing, self._viewing = self._viewing, None
-            before, self._view = self._view, viewing.result()
+            before, self._view = self._view, await viewing
             if before is None or before.endpoints != self._view.endpoints:
                 await asyncio.to_thread(write_targets, self._context.run.root, self._view.endpoints)
         if self._viewing is None and self._round % ROUNDS_PER_VIEW == 0:
