@@ -40,8 +40,9 @@ drills: setup ## whole runs under faults: workers killed, judge down, signals in
 seeds: setup ## the quickstart with three seeds and the null arm, as a table; goes on where it stopped
 	$(PY) -m cluster.seeds
 
-docs: setup ## write docs/config.md from the configuration classes
+docs: setup ## write docs/config.md from the configuration classes, and the dashboard from its table
 	$(PY) -m cluster.reference docs/config.md
+	$(PY) -m cluster.dashboard
 
 clean: ## remove caches; keeps .venv and runs/
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build

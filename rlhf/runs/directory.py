@@ -3,6 +3,7 @@
 Layout::
 
     config.yaml environment.json metrics.jsonl events.jsonl timings.json memory.json summary.json report.html
+    status.json prometheus.json  how it stands while a driver is at work
     stages/NAME.json            a finished stage and its results
     rollouts/ verdicts/ rankings/ groups/   STAGE.PART.parquet, see ``rlhf.runs.names``
     eval/STAGE/                 parquet

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.dashboard import PATH, dashboard, main
-from cluster.telemetry import METRICS
+from cluster.telemetry import METRICS, metrics_table
 
 LOADED: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
 GRAPHS = [panel for panel in LOADED["panels"] if panel["type"] != "row"]
@@ -70,3 +70,8 @@ def test_panels_do_not_overlap() -> None:
         cells = {(x + place["x"], y + place["y"]) for x in range(place["w"]) for y in range(place["h"])}
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def test_the_document_lists_every_metric() -> None:
+    text = (PATH.parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
+    assert text.endswith("\n".join(metrics_table()) + "\n")
