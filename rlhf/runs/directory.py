@@ -262,7 +262,7 @@ class RunDirectory:
             needed, action = "a directory that can be written", "Choose another run_dir or mend the permissions."
             raise ConfigError(str(self.root), found=found, needed=needed, action=action) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except OSError as error:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
@@ -338,6 +338,17 @@ class RunDirectory:
         changes = config_changes(before, now)
         if changes:
             raise _other_config(self.root, {f"data.{key}": value for key, value in changes.items()})
+
+
+def _lock(descriptor: int) -> None:
+    """Takes the lock at once or not at all; tried again, as a reader's ``is_held`` has it for a moment."""
+    for pause_s in (0.02, 0.1, 0.0):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not pause_s:
+                raise
+            time.sleep(pause_s)
 
 
 def _checked(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -258,3 +259,15 @@ def test_git_revision_of_a_plain_folder_is_none(tmp_path: Path) -> None:
 def test_config_file_is_plain_yaml(tmp_path: Path) -> None:
     with opened(tmp_path / "run") as run:
         assert yaml.safe_load(run.config.read_text())["stages"][1]["name"] == "sft"
+
+
+def test_a_reader_that_looks_at_the_lock_keeps_no_driver_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tmp_path / "run").close()
+    reader = os.open(tmp_path / "run" / ".lock", os.O_RDONLY)
+    try:
+        fcntl.flock(reader, fcntl.LOCK_SH)  # as ``is_held`` does
+        monkeypatch.setattr("rlhf.runs.directory.time.sleep", lambda seconds: fcntl.flock(reader, fcntl.LOCK_UN))
+        with opened(tmp_path / "run") as run:
+            assert run.is_held()
+    finally:
+        os.close(reader)
