@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.health import ProbedThread
 from actors.store import Store, evidence_of, fetch_all, fetch_payload
 from rlhf.evaluation.bootstrap import resampled_by
 from rlhf.evaluation.completions import EvalCompletion, to_wide
@@ -25,7 +26,7 @@ Arms = Mapping[str, Sequence[GroupHandle]]
 ``reward_model`` with a reward model; ``annotations`` hold the start model's ``reference_log_probs``."""
 
 
-class EvaluatorWorker:
+class EvaluatorWorker(ProbedThread):
     """Measures completions with the independent scorer and summarises them.
 
     Args:

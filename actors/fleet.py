@@ -1,80 +1,39 @@
 """A fleet: the replicas of one stateless role, which join with the current weights and leave after their work.
 
-Replacing a dead replica, scaling a role and losing a node are the same two moves.
+Replacing a dead replica, scaling a role and losing a node are the same two moves. Who the replicas are is said here;
+how work is shared out over them, in ``actors.dispatch``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from actors.calls import await_ref, gather_all, kill, stream
+from actors.calls import await_ref, gather_all, kill
+from actors.dispatch import REPLACEABLE, Dispatch, Event
+from actors.replicas import ENDED, JOINING, PRESENT, FleetLimits, Replica, ReplicaState
 from actors.restarts import RestartBudget
-from rlhf.errors import (
-    DeadlineError,
-    EngineError,
-    JudgeError,
-    PublicationError,
-    ReplicaLostError,
-    RlhfError,
-    ScorerError,
-    WorkerError,
-)
+from rlhf.errors import DeadlineError, PublicationError, ReplicaLostError, RlhfError, WorkerError
 
-Event = Callable[..., None]
+__all__ = ["REPLACEABLE", "Event", "Fleet", "FleetLimits", "Replica", "ReplicaState"]
 
-REPLACEABLE = (ReplicaLostError, DeadlineError, EngineError, JudgeError, ScorerError)
-"""Failures that another replica may not have. Any other error lies in what was asked, or in the worker's own code, and
-is raised at once."""
+_PLACING_THREADS = 32
+"""Replicas of a fleet that may wait for room on the cluster at the same time."""
 
 
-class ReplicaState(StrEnum):
-    """Where a replica stands. Only a healthy one is given work."""
-
-    STARTING = "starting"
-    HEALTHY = "healthy"
-    LEAVING = "leaving"
-    DEAD = "dead"
-
-
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
-
-
-@dataclass(eq=False)
-class Replica:
-    """One actor of a fleet; ``idle`` is set while no call of it is in flight."""
-
-    index: int
-    handle: Any = None
-    state: ReplicaState = ReplicaState.STARTING
-    idle: asyncio.Event = field(default_factory=_set_event)
-    in_flight: int = 0
-
-
-@dataclass(frozen=True)
-class FleetLimits:
-    """Deadlines of a fleet in seconds, and how many dead replicas are replaced within a time before it is given up."""
-
-    start_timeout_s: float = 600.0
-    call_timeout_s: float = 1800.0
-    max_restarts: int = 3
-    restart_window_s: float = 3600.0
-
-
-class Fleet:
+class Fleet(Dispatch):
     """Replicas of one role.
 
-    Joining and leaving happen under one lock, towards the number that ``scale`` asked for last; calls go on meanwhile.
-    The wait for that lock, and for the one of the weights, ends with what the holder does: a leave within its
-    ``call_timeout_s``, a join within the placement's and its own ``start_timeout_s`` and a welcome whose calls have
-    limits, at most ``max_restarts`` of them one after the other.
+    Calls go on while replicas join and leave. One ``scale`` comes after another; what is lost meanwhile is replaced
+    without waiting for it, as a newcomer may have to wait for room on the cluster. Replacements come one after another
+    too. These waits, and the one for the weights, end with what the holder does: a leave within its ``call_timeout_s``,
+    a join within the placement's and its own ``start_timeout_s`` and a welcome whose calls have limits, at most
+    ``max_restarts`` of them one after the other.
 
     Args:
         role: Name in logs and errors.
@@ -99,11 +58,17 @@ class Fleet:
         self._retire = retire
         self._event = event
         self._replicas: list[Replica] = []
+        self._lost: list[Replica] = []
+        """Those that were lost and have no replacement that serves."""
         self._wanted = 0
         self._next_index = 0
         self._restarts = RestartBudget(self.limits.max_restarts, self.limits.restart_window_s)
         self._last_loss: RlhfError | None = None
+        self._scaling = asyncio.Lock()
         self._membership = asyncio.Lock()
+        self._changed = asyncio.Event()
+        # The event loop's own threads are few, and newcomers that wait for room would keep them from everybody else.
+        self._placing = ThreadPoolExecutor(_PLACING_THREADS, thread_name_prefix=f"place-{role}")
         self.welcome: Callable[[Any], Awaitable[None]] | None = None
         """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
         self._weights = asyncio.Lock()
@@ -114,19 +79,39 @@ class Fleet:
         return [replica for replica in self._replicas if replica.state is ReplicaState.HEALTHY]
 
     @property
+    def wanted(self) -> int:
+        """Replicas that ``scale`` asked for last."""
+        return self._wanted
+
+    @property
+    def present(self) -> list[Replica]:
+        """Replicas that are not dead, leavers included, in index order: those that can be asked something."""
+        return list(self._replicas)
+
+    @property
     def num_missing(self) -> int:
-        """Replicas that were lost and that nobody replaces yet; one that is starting is none of them."""
-        starting = sum(replica.state is ReplicaState.STARTING for replica in self._replicas)
-        return max(0, self._wanted - starting - len(self.healthy))
+        """Replicas that were lost and that nobody replaces yet; one that is starting or suspect is none of them."""
+        return max(0, self._wanted - sum(replica.state in PRESENT for replica in self._replicas))
+
+    @property
+    def states(self) -> Mapping[str, int]:
+        """Number of replicas by the name of their state, of those that are there or wait for a replacement."""
+        return Counter(replica.state.value for replica in [*self._replicas, *self._lost])
 
     # Membership
 
     async def scale(self, num_replicas: int) -> None:
         """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first."""
-        async with self._membership:
-            before, self._wanted = self._wanted, num_replicas
-            await gather_all(self._leave(replica) for replica in self.healthy[num_replicas:])
-            newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
+        async with self._scaling:
+            async with self._membership:  # what is being replaced counts
+                before, self._wanted = self._wanted, num_replicas
+                suspects = [replica for replica in self._replicas if replica.state is ReplicaState.SUSPECT]
+                leavers = [*self.healthy, *suspects][num_replicas:]
+                for replica in leavers:
+                    self._become(replica, ReplicaState.LEAVING)
+                newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
+                self._lost.clear()
+            await gather_all(self._leave(replica) for replica in leavers)
             try:
                 await gather_all(self._join(replica) for replica in newcomers)
             except RlhfError:
@@ -135,7 +120,7 @@ class Fleet:
                 raise
             finally:
                 for replica in newcomers:
-                    if replica.state is ReplicaState.STARTING:  # it was given up before it began
+                    if replica.state in JOINING:  # it was given up before it began
                         self._bury(replica)
 
     async def repair(self) -> None:
@@ -162,17 +147,25 @@ class Fleet:
     async def stop(self) -> None:
         """Ends every replica and gives its placement back."""
         self._wanted = 0
+        self._lost.clear()
         await gather_all(self._stop(replica) for replica in list(self._replicas))
+        self._placing.shutdown(wait=False, cancel_futures=True)
 
     async def _restart(self, error: RlhfError) -> Replica:
+        lost = next((replica for replica in self._lost if replica.state is ReplicaState.DEAD), None)
         while self._wanted and self._restarts.take():  # a stopped fleet wants nobody
+            if lost is not None:
+                self._become(lost, ReplicaState.RESTARTING)
             try:
-                return await self._join(self._newcomer())
+                return await self._join(self._newcomer(), lost)
             except WorkerError:  # the next one would have the same code
                 raise
             except RlhfError as failure:
                 self._event("restart_failed", role=self.role, error=str(failure))
                 error = failure
+            finally:
+                if lost is not None:
+                    self._become(lost, ReplicaState.DEAD)
         if self._wanted:
             limits = self.limits
             used = {"max_restarts": limits.max_restarts, "restart_window_s": limits.restart_window_s}
@@ -185,18 +178,17 @@ class Fleet:
         self._replicas.append(replica)
         return replica
 
-    async def _join(self, replica: Replica) -> Replica:
+    async def _join(self, replica: Replica, lost: Replica | None = None) -> Replica:
+        """Starts and welcomes a newcomer; ``lost`` is whom it replaces."""
         where = f"{self.role}[{replica.index}].start"
-        began = asyncio.get_running_loop().time()
-        placed = asyncio.ensure_future(asyncio.to_thread(self._spawn, replica.index))
+        began = time.monotonic()
+        placed = asyncio.get_running_loop().run_in_executor(self._placing, self._spawn, replica.index)
         try:
             replica.handle = await asyncio.shield(placed)
             await await_ref(replica.handle.start.remote(), timeout_s=self.limits.start_timeout_s, where=where)
-            async with self._weights:  # healthy before other weights come, or welcomed to those
-                if self.welcome is not None:
-                    await self.welcome(replica.handle)
-                if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
-                    replica.state = ReplicaState.HEALTHY
+            if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
+                self._become(replica, ReplicaState.STALE)
+            await self._bring_up_to_date(replica)
         finally:
             if replica.state is not ReplicaState.HEALTHY:
                 placed.add_done_callback(lambda _: self._bury_late(replica, placed))
@@ -206,9 +198,27 @@ class Fleet:
                 where, found="a fleet that was stopped meanwhile", needed="a fleet", action="Nothing: it is ended."
             )
         self._replicas.sort(key=lambda other: other.index)
-        seconds = asyncio.get_running_loop().time() - began
-        self._event("replica_joined", role=self.role, replica=replica.index, seconds=round(seconds, 3))
+        told: dict[str, Any] = {"seconds": round(time.monotonic() - began, 3)}
+        if lost is not None:
+            self._lost.remove(lost)
+            told |= {"replaces": lost.index, "recover_s": round(lost.silent_s, 3)}
+        self._event("replica_joined", role=self.role, replica=replica.index, **told)
         return replica
+
+    async def _bring_up_to_date(self, replica: Replica) -> None:
+        """Makes a stale replica healthy."""
+        async with self._weights:  # healthy before other weights come, or welcomed to those
+            if self.welcome is not None:
+                await self.welcome(replica.handle)
+            if replica.state is ReplicaState.STALE:  # unless it ended meanwhile
+                replica.missed_broadcast = False
+                replica.saw()
+                self._become(replica, ReplicaState.HEALTHY)
+
+    def _become(self, replica: Replica, state: ReplicaState) -> None:
+        replica.become(state)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _bury_late(self, replica: Replica, placed: asyncio.Future[Any]) -> None:
         """Ends an actor whose join was given up while it was being placed."""
@@ -217,7 +227,6 @@ class Fleet:
             self._bury(replica)
 
     async def _leave(self, replica: Replica) -> None:
-        replica.state = ReplicaState.LEAVING
         with contextlib.suppress(TimeoutError):  # work that outlasts its own deadline is not waited for
             async with asyncio.timeout(self.limits.call_timeout_s):
                 while replica.in_flight:  # a broadcast may have come between the last work and here
@@ -228,7 +237,8 @@ class Fleet:
 
     async def _stop(self, replica: Replica) -> None:
         where = f"{self.role}[{replica.index}].stop"
-        replica.state = ReplicaState.DEAD  # to callers, from here on
+        if replica.state not in ENDED:
+            self._become(replica, ReplicaState.DEAD)  # to callers, from here on
         try:
             if replica.handle is not None:
                 with contextlib.suppress(RlhfError):  # it is ended either way
@@ -237,53 +247,106 @@ class Fleet:
             self._bury(replica)
 
     def _drop(self, replica: Replica, error: RlhfError) -> None:
-        if replica.state is not ReplicaState.DEAD:  # another call of the same replica may have been here first
-            self._bury(replica)
-            self._last_loss = error
-            self._event("replica_lost", role=self.role, replica=replica.index, error=str(error))
+        if replica.state in ENDED:  # another call of the same replica may have been here first
+            return
+        self._bury(replica)
+        self._last_loss = error
+        if self.num_missing > sum(other.state is ReplicaState.DEAD for other in self._lost):
+            self._lost.append(replica)
+        cost = {"detect_s": round(replica.silent_s, 3), "lost_steps": 0, "lost_tokens": replica.unfinished_tokens}
+        self._event("replica_lost", role=self.role, replica=replica.index, **cost, error=str(error))
 
     def _bury(self, replica: Replica) -> None:
-        replica.state = ReplicaState.DEAD
+        if replica.state not in ENDED:
+            self._become(replica, ReplicaState.DEAD)
         if replica in self._replicas:
             self._replicas.remove(replica)
         if replica.handle is not None:
             kill(replica.handle)
             self._retire(replica.handle)
 
-    # Calls
+    # Health
 
-    async def call(self, replica: Replica, method: str, *args: Any) -> Any:
-        """One call of one replica, bounded in time."""
-        return await self._submit(replica, method, *args)
+    def suspect(self, replica: Replica, error: RlhfError) -> None:
+        """Gives a replica no more work, as a probe of it is overdue; one that is leaving gets none anyway."""
+        if replica.state is ReplicaState.HEALTHY:
+            self._become(replica, ReplicaState.SUSPECT)
+            self._event("replica_suspect", role=self.role, replica=replica.index, error=str(error))
 
-    def _submit(self, replica: Replica, method: str, *args: Any) -> asyncio.Future[Any]:
-        """Sends one call at once, so that no leave can come between the choice of a replica and its work."""
-        ref = getattr(replica.handle, method).remote(*args)
-        where = f"{self.role}[{replica.index}].{method}"
-        return self._track(replica, await_ref(ref, timeout_s=self.limits.call_timeout_s, where=where))
+    async def answered(self, replica: Replica) -> None:
+        """Takes a suspect that has answered in again, after a welcome where others have been told something since."""
+        replica.saw()
+        if replica.state is not ReplicaState.SUSPECT:
+            return
+        if replica.missed_broadcast:
+            self._become(replica, ReplicaState.STALE)
+            try:
+                await self._bring_up_to_date(replica)
+            except RlhfError as error:
+                await self.lose(replica, error)
+                return
+        else:
+            self._become(replica, ReplicaState.HEALTHY)
+        self._event("replica_recovered", role=self.role, replica=replica.index)
 
-    def _track(self, replica: Replica, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
-        replica.in_flight += 1
-        replica.idle.clear()
+    async def lose(self, replica: Replica, error: RlhfError, *, repair: bool = True) -> None:
+        """Ends a replica that does not work any more, and replaces it unless others do; what cannot be is an event."""
+        self._drop(replica, error)
+        if repair:
+            with contextlib.suppress(RlhfError):  # it is in the events; whoever needs the replica raises it
+                await self.repair()
 
-        def finished(_: object) -> None:
-            replica.in_flight -= 1
-            if not replica.in_flight:
-                replica.idle.set()
+    async def available(self) -> None:
+        """Returns when a replica is healthy, or none can be expected to become so.
 
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(finished)
-        return task
+        Raises:
+            DeadlineError: Neither is so after a start and a call's time.
+        """
+        if not self.healthy and self.num_missing and self._last_loss is not None and self._restarts.left:
+            await self.repair()
+        await self._until(lambda: bool(self.healthy) or not self._may_serve_soon(), "a healthy replica")
+
+    async def settled(self) -> None:
+        """Returns when no replica is suspect or on its way back from it.
+
+        Raises:
+            DeadlineError: Some still are after a start and a call's time.
+        """
+        open_states = (ReplicaState.SUSPECT, ReplicaState.STALE)
+        await self._until(lambda: all(r.state not in open_states for r in self._replicas), "an answer of its suspects")
+
+    def _may_serve_soon(self) -> bool:
+        coming = (*JOINING, ReplicaState.SUSPECT, ReplicaState.RESTARTING)
+        return any(replica.state in coming for replica in [*self._replicas, *self._lost])
+
+    async def _until(self, condition: Callable[[], bool], needed: str) -> None:
+        limit_s = self.limits.start_timeout_s + self.limits.call_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                while not condition():
+                    await self._changed.wait()
+        except TimeoutError:
+            raise DeadlineError(
+                self.role,
+                found=f"replicas that are {dict(self.states)} after {limit_s:.0f} s",
+                needed=needed,
+                action="See events.jsonl and the workers' logs for the cause.",
+            ) from None
+
+    # Calls of all
 
     async def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
 
-        A leaver still takes part: its last work may wait for the other half of what is broadcast.
+        A leaver still takes part: its last work may wait for the other half of what is broadcast. A suspect does not,
+        and is welcomed as a newcomer is before it serves again.
 
         Raises:
             PublicationError: No replica is left.
             RlhfError: What was asked cannot be done by any replica; none is dropped for it.
         """
+        for replica in self._replicas:
+            replica.missed_broadcast |= replica.state is ReplicaState.SUSPECT
         working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
         replicas = [replica for replica in self._replicas if replica.state in working]
         calls = [self._submit(replica, method, *args) for replica in replicas]
@@ -317,83 +380,3 @@ class Fleet:
         async with self._weights:
             await self.broadcast(method, *args)
             self.welcome = welcome
-
-    async def scatter(self, method: str, items: Sequence[Any], *args: Any) -> list[Any]:
-        """Maps a list-to-list method over items: contiguous shares to replicas in index order, results in item order.
-
-        A replica that fails loses its share only. The share is dispatched once more, to its replacement; a second
-        failure is raised.
-        """
-
-        async def settle(replica: Replica, share: Sequence[Any], first: asyncio.Future[Any]) -> list[Any]:
-            try:
-                return list(await first)
-            except REPLACEABLE as error:
-                successor = await self.replace(replica, error)
-                self._event("redispatched", role=self.role, replica=replica.index, num_items=len(share))
-                return list(await self.call(successor, method, share, *args))
-
-        sent = [(r, share, self._submit(r, method, share, *args)) for r, share in self._shares(items)]
-        parts = await self._settle([settle(*one) for one in sent], [first for _, _, first in sent])
-        return [value for part in parts for value in part]
-
-    async def scatter_stream(self, method: str, items: Sequence[Any], *args: Any) -> list[Any]:
-        """Like ``scatter`` for a streaming method; items and results carry ``uid``.
-
-        What a replica delivered before it failed is kept; only the rest of its share is dispatched again.
-        """
-        found: dict[str, Any] = {}
-
-        async def settle(replica: Replica, share: Sequence[Any], first: asyncio.Future[Any]) -> None:
-            try:
-                await first
-            except REPLACEABLE as error:
-                successor = await self.replace(replica, error)
-                rest = [item for item in share if item.uid not in found]
-                self._event("redispatched", role=self.role, replica=replica.index, num_items=len(rest))
-                if rest:
-                    await self._drain(successor, method, rest, args, found)
-
-        shares = self._shares(items)
-        sent = [(r, share, self._drain(r, method, share, args, found)) for r, share in shares]
-        await self._settle([settle(*one) for one in sent], [first for _, _, first in sent])
-        return [found[item.uid] for item in items]
-
-    async def _settle(self, work: Sequence[Coroutine[Any, Any, Any]], sent: Sequence[asyncio.Future[Any]]) -> list[Any]:
-        try:
-            return await gather_all(work)
-        finally:
-            for first in sent:
-                first.cancel()
-            await asyncio.gather(*sent, return_exceptions=True)
-
-    def _drain(
-        self, replica: Replica, method: str, share: Sequence[Any], args: tuple[Any, ...], found: dict[str, Any]
-    ) -> asyncio.Future[Any]:
-        """Sends one streaming call at once; what it delivers goes into ``found`` as it comes."""
-        refs = getattr(replica.handle, method).options(num_returns="streaming").remote(share, *args)
-        where = f"{self.role}[{replica.index}].{method}"
-
-        async def receive() -> None:
-            async for value in stream(refs, timeout_s=self.limits.call_timeout_s, where=where):
-                found[value.uid] = value
-            lacking = [item.uid for item in share if item.uid not in found]
-            if lacking:
-                raise ReplicaLostError(
-                    where,
-                    found=f"a stream that ended without {lacking[0]!r} and {len(lacking) - 1} more",
-                    needed=f"all {len(share)} results",
-                    action="See the worker's log for the cause.",
-                )
-
-        return self._track(replica, receive())
-
-    def _shares(self, items: Sequence[Any]) -> list[tuple[Replica, Sequence[Any]]]:
-        replicas = self.healthy
-        if not replicas:
-            raise ReplicaLostError(
-                self.role, found="no healthy replica", needed="at least one", action="See events.jsonl for the cause."
-            )
-        bounds = [round(i * len(items) / len(replicas)) for i in range(len(replicas) + 1)]
-        shares = [(r, items[a:b]) for r, a, b in zip(replicas, bounds[:-1], bounds[1:], strict=True)]
-        return [(replica, share) for replica, share in shares if share]

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from actors.health import ProbedThread
 from actors.host_memory import HostMemory, module_tensors
 from actors.store import Store, fetch_all
 from actors.training_groups import fetch_group
@@ -18,7 +19,7 @@ from rlhf.models.settings import ModelConfig
 from rlhf.types import GroupHandle, TrainGroup
 
 
-class FrozenWorker(ABC):
+class FrozenWorker(ProbedThread, ABC):
     """Holds one model for inference in plain torch; stateless, so a call may be repeated.
 
     Args:

@@ -50,6 +50,12 @@ class LearnerGang:
         self._meter = meter
         self._num_epochs = num_epochs
         self._resident = LEARNER_PARTS
+        self.lost_to: RlhfError | None = None
+        """What ended the gang, where something did."""
+        self.detect_s = 0.0
+        """Seconds from the last sign of life of the lost rank, or from the start of the failed call, to that end."""
+        self._called_at = time.monotonic()
+        self._seen: dict[Any, float] = {}
 
     async def call(self, method: str, args_of_rank: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> list[Any]:
         """Calls a method on every rank and returns the results in rank order.
@@ -60,6 +66,7 @@ class LearnerGang:
             RolloutsLostError: Groups went away with their node; the gang lives and its weights are as they were.
         """
         self._require_ranks()
+        self._called_at = time.monotonic()
         refs = [getattr(handle, method).remote(*args_of_rank(rank)) for rank, handle in enumerate(self.ranks)]
         try:
             return await gather_all(
@@ -67,23 +74,39 @@ class LearnerGang:
                 for rank, ref in enumerate(refs)
             )
         except (ReplicaLostError, DeadlineError) as error:
-            self.kill()
-            raise LearnerError(
-                error.where,
-                found=error.found,
-                needed="every rank",
-                action="The gang restarts from the last verified checkpoint.",
-            ) from error
+            self.give_up(error)
+            raise self._loss() from error
         except RolloutsLostError:  # all ranks raise it, none has changed
             raise
         except RlhfError:
             self.kill()
             raise
 
+    def saw(self, rank: Any) -> None:
+        """Notes a sign of life of one rank, given as its actor."""
+        self._seen[rank] = time.monotonic()
+
+    def give_up(self, error: RlhfError, rank: Any = None) -> None:
+        """Ends the gang for what happened to one rank; a call that is under way fails with it."""
+        if self.lost_to is None:
+            seen = self._seen.get(rank, 0.0) if rank is not None else min(self._seen.values(), default=0.0)
+            self.lost_to, self.detect_s = error, time.monotonic() - max(self._called_at, seen)
+        self.kill()
+
+    def _loss(self) -> LearnerError:
+        assert self.lost_to is not None, "given up before"
+        return LearnerError(
+            self.lost_to.where,
+            found=self.lost_to.found,
+            needed="every rank",
+            action="The gang restarts from the last verified checkpoint.",
+        )
+
     def _require_ranks(self) -> None:
         if not self.ranks:
+            why = f" ({self.lost_to.where}: {self.lost_to.found})" if self.lost_to is not None else ""
             raise LearnerError(
-                self.role, found="a gang that was ended", needed="living ranks", action="Run the command again."
+                self.role, found=f"a gang that was ended{why}", needed="living ranks", action="Run the command again."
             )
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
+from actors.health import Probe, ProbedLoop
 from actors.store import Store
 from actors.vllm.config import EngineConfig
 from actors.vllm.engine import Request, VllmEngine
@@ -17,7 +18,7 @@ from rlhf.types import Completion, GroupHandle, Handle, Prompt, Rollout, Rollout
 from rlhf.weights import Bucket, combine_digests
 
 
-class GenerationWorker:
+class GenerationWorker(ProbedLoop):
     """One replica of the generation fleet.
 
     Construction is light and ``start`` loads the model. All methods are coroutines of one event loop and may overlap.
@@ -81,6 +82,14 @@ class GenerationWorker:
             DeadlineError: The engine did not finish in time.
         """
         self._check_lengths(prompts)
+        with self.at_work():
+            async with contextlib.aclosing(self._draw(prompts, num_samples, version, exact)) as groups:
+                async for group in groups:
+                    yield group
+
+    async def _draw(
+        self, prompts: Sequence[Prompt], num_samples: int, version: int, exact: bool
+    ) -> AsyncGenerator[GroupHandle, None]:
         requests = [
             Request(f"{prompt.uid}#{k}", prompt.token_ids, sampling_seed(self._run_seed, prompt.uid, k, version))
             for prompt in prompts
@@ -96,6 +105,14 @@ class GenerationWorker:
                 if len(siblings) == num_samples:
                     yield await self._put(next(remaining), siblings)
                     siblings = []
+
+    async def probe(self) -> Probe:
+        """Asks the engine too, which answers between two of its steps.
+
+        Raises:
+            EngineError: Its process died.
+        """
+        return await self._engine.probe(self)
 
     async def begin_update(self, version: int) -> None:
         """Stops serving, freezes what is in flight and opens the replica for buckets of ``version``."""

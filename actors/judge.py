@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.control_tokens import encode_guarded
+from actors.health import Probe, ProbedLoop
 from actors.store import Store, fetch_all, fetch_payload
 from actors.vllm.config import EngineConfig
 from actors.vllm.engine import Request, VllmEngine
@@ -47,7 +48,7 @@ class Answer:
     num_tokens: int = 0
 
 
-class JudgeBase(ABC):
+class JudgeBase(ProbedLoop, ABC):
     """Judges rollout groups under named constitutions.
 
     Args:
@@ -197,7 +198,9 @@ class JudgeBase(ABC):
                     known[key] = Answer(self._cache[key])
                 else:
                     fresh.setdefault(key, request)
-        for key, answer in zip(fresh, await self._ask(list(fresh.values())), strict=True):
+        with self.at_work():
+            answered = await self._ask(list(fresh.values()))
+        for key, answer in zip(fresh, answered, strict=True):
             known[key] = answer
             if answer.log_probs is not None and self._keep_answers:
                 self._cache[key] = answer.log_probs
@@ -302,6 +305,10 @@ class JudgeWorker(JudgeBase):
                 log_probs = dict(zip(labels, row, strict=True))
                 answers[index] = Answer(log_probs, num_tokens=len(question.prompt_ids))
         return [answers[index] for index in range(len(requests))]
+
+    async def probe(self) -> Probe:
+        """Asks the engine too; see ``GenerationWorker.probe``."""
+        return await self._engine.probe(self)
 
     async def reside(self, parts: Sequence[str]) -> None:
         """Keeps these parts (``weights``, ``kv_cache``) in GPU memory, where the engine section allows it to sleep."""

@@ -106,7 +106,9 @@ class OpenAIJudgeWorker(JudgeBase):
 
         async def one(request: JudgeRequest) -> Answer:
             async with places:
-                return await self._ask_one(request)
+                answer = await self._ask_one(request)
+            self.progress()
+            return answer
 
         return await gather_all(one(request) for request in requests)
 

@@ -17,6 +17,7 @@ import torch
 
 from actors.deepspeed.engine import TrainEngine
 from actors.deepspeed.export import WeightExporter
+from actors.health import ProbedThread, observed
 from actors.packed_runner import PackedRunner
 from actors.ranks import ProcessGroup, RankInfo, free_port
 from actors.scorer import ScoreNormaliser
@@ -55,7 +56,7 @@ class _StepSignals:
         return self.signals.select(sequences_of_groups(self.batch, groups), batch.target_ids.shape[1])
 
 
-class LearnerWorker:
+class LearnerWorker(ProbedThread):
     """Trains one model. Give it an algorithm (policy or critic of the online loop) or an objective (offline).
 
     Args:
@@ -139,11 +140,13 @@ class LearnerWorker:
             dtype=config.model.dtype,
             total_steps=self._total_steps * self._updates_per_step,
         )
+        self._engine.module.register_forward_hook(lambda *_: self.progress())
         pad = load_tokenizer(config.model.path).pad_token_id
         self._pad_id = 0 if pad is None else int(pad)
         self._runner = PackedRunner(
             self._engine, model, self._group, config, pad_id=self._pad_id, temperature=self._temperature
         )
+        self._runner.progress = self.progress
         self._exporter = WeightExporter(self._engine, model, rank=self._group.rank, dtype=config.model.dtype)
         # From here on ranks draw different dropout masks.
         torch.manual_seed(seed + 1 + self._group.rank)
@@ -167,6 +170,7 @@ class LearnerWorker:
 
     # Training
 
+    @observed
     def update(self, groups: Sequence[GroupHandle]) -> dict[str, float]:
         """One step of the online loop on this rank's groups: all epochs and mini-batches.
 
@@ -297,6 +301,7 @@ class LearnerWorker:
                     self._engine.forward(self._runner.pack([]).to(self._group.device), self._options())
         return totals.reduced(self._group)
 
+    @observed
     def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Adds what this learner knows before it trains on the groups.
 

@@ -12,7 +12,7 @@ from actors.deepspeed.engine import TrainEngine
 from actors.host_memory import HostMemory, module_tensors
 from actors.ranks import ProcessGroup
 from actors.settings import LearnerConfig
-from actors.training_groups import TokenValues, frozen_log_probs, row_length
+from actors.training_groups import Progressed, TokenValues, frozen_log_probs, row_length
 from rlhf.maths.packing import PackedBatch, pack, plan_micro_batches, split_by_group, split_by_length, split_plan
 from rlhf.models.adapters import has_adapter, without_adapter
 from rlhf.models.load import load_policy
@@ -48,6 +48,8 @@ class PackedRunner:
         self._temperature = temperature
         self._frozen: nn.Module | None = None
         self._aside = HostMemory(group.device.type)
+        self.progress: Progressed = lambda: None
+        """Told of every batch of the frozen copy; whoever trains the model counts its passes himself."""
 
     def plan(self, groups: Sequence[TrainGroup]) -> list[list[int]]:
         """This rank's micro-batches; every rank gets the same number, empty ones at the end where it has too few."""
@@ -99,6 +101,7 @@ class PackedRunner:
             groups,
             max_tokens=self._config.max_tokens_per_micro_batch,
             temperature=self._temperature,
+            progress=self.progress,
         )
 
     def reside(self, parts: Collection[str]) -> None:

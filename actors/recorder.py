@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.health import ProbedThread
 from actors.store import Store, evidence_of, fetch_all, fetch_payload
 from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
@@ -52,7 +53,7 @@ def people_group(prompt: Prompt, texts: Sequence[str], group: TrainGroup) -> Rol
     return RolloutGroup(prompt, tuple(Rollout(completion) for completion in completions))
 
 
-class RecorderWorker:
+class RecorderWorker(ProbedThread):
     """Writes and reads the tables of one run directory. Every file is there whole or not at all.
 
     Args:

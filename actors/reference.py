@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from actors.frozen import FrozenWorker
+from actors.health import observed
 from actors.store import Store
 from actors.training_groups import frozen_log_probs
 from rlhf.models.load import load_policy
@@ -33,6 +34,7 @@ class ReferenceWorker(FrozenWorker):
     def _load(self) -> nn.Module:
         return load_policy(self._config)
 
+    @observed
     def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """Returns the groups with ``reference_log_probs`` in their annotations.
 
@@ -40,7 +42,11 @@ class ReferenceWorker(FrozenWorker):
             RolloutsLostError: Groups went away with their node.
         """
         found = frozen_log_probs(
-            self._model, self._fetch(groups), max_tokens=self._max_tokens, temperature=self._temperature
+            self._model,
+            self._fetch(groups),
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            progress=self.progress,
         )
         return [
             replace(handle, annotations={**handle.annotations, "reference_log_probs": self._store.put(values)})

@@ -33,12 +33,22 @@ class RestartBudget:
             self._taken.popleft()
         return len(self._taken)
 
+    @property
+    def left(self) -> int:
+        """Restarts that may still be taken now."""
+        return max(0, self._max_restarts - self.num_taken)
+
     def take(self) -> bool:
         """Takes one restart where there is one left; says whether there was."""
-        if self.num_taken >= self._max_restarts:
+        if not self.left:
             return False
         self._taken.append(self._clock())
         return True
+
+    def give_back(self, num_restarts: int) -> None:
+        """Uncounts the latest restarts, for losses that no machine was to blame for."""
+        for _ in range(min(num_restarts, len(self._taken))):
+            self._taken.pop()
 
 
 class ProgressBudget:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from actors.calls import await_ref
+from actors.dispatch import Missing
 from actors.fleet import Fleet
 from actors.fleet_status import handed_out
 from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
@@ -27,13 +28,25 @@ def _failing_as(kind: type[RlhfError]) -> Iterator[None]:
         raise kind(error.where, found=error.found, needed=error.needed, action=error.action) from error
 
 
-async def _metered(fleet: Fleet, meter: Meter, method: str, groups: Sequence[GroupHandle], *args: Any) -> list[Any]:
+async def _metered(
+    fleet: Fleet, meter: Meter, method: str, groups: Sequence[GroupHandle], *, missing: Missing | None = None
+) -> list[Any]:
     """Shares groups out over a fleet and meters their tokens; results in the groups' order."""
     began = time.monotonic()
     with handed_out(fleet, len(groups)):
-        found = await fleet.scatter(method, list(groups), *args)
+        found = await fleet.scatter(method, list(groups), missing=missing)
     meter(fleet.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
     return found
+
+
+def _no_scores(group: GroupHandle, why: str) -> tuple[Score, ...]:
+    return (Score(None, error=why),) * len(group.completion_lengths)
+
+
+def _no_judgement(group: GroupHandle, why: str) -> Judgement:
+    """No verdict was put anywhere, and each of those asked for is missing."""
+    scores = _no_scores(group, why)
+    return Judgement(group.uid, (), scores, len(scores), (why,) * len(scores))
 
 
 class FleetGenerator:
@@ -50,7 +63,7 @@ class FleetGenerator:
         began = time.monotonic()
         with _failing_as(EngineError), handed_out(self._fleet, len(prompts)):
             groups: list[GroupHandle] = await self._fleet.scatter_stream(
-                "stream", list(prompts), num_samples, version, exact
+                "stream", list(prompts), num_samples, version, exact, may_lack=True
             )
         tokens = sum(length for group in groups for length in group.completion_lengths)
         self._meter(self._fleet.role, tokens, time.monotonic() - began)
@@ -89,7 +102,7 @@ class FleetJudge:
         began = time.monotonic()
         asked = (self._constitution, self._shuffled)
         with handed_out(self._fleet, len(groups)):
-            given: list[Judgement] = await self._fleet.scatter("judge", list(groups), *asked)
+            given: list[Judgement] = await self._fleet.scatter("judge", list(groups), *asked, missing=_no_judgement)
         if num_tokens := sum(judgement.num_tokens for judgement in given):
             self._meter(self._fleet.role, num_tokens, time.monotonic() - began)
         return given
@@ -106,7 +119,7 @@ class FleetScorer:
     async def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """See ``RewardSource.score``."""
         with _failing_as(ScorerError):
-            return await _metered(self._fleet, self._meter, "score", groups)
+            return await _metered(self._fleet, self._meter, "score", groups, missing=_no_scores)
 
 
 class FleetAnnotator:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from actors.health import ProbedThread
 from actors.store import Store, fetch_all, fetch_payload
 from rlhf.rewards.rules import RuleConfig, score_group
 from rlhf.types import GroupHandle, Score
 
 
-class RulesWorker:
+class RulesWorker(ProbedThread):
     """Applies rules to rollout groups; stateless, so a call may be repeated.
 
     Args:

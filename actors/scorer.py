@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from actors.frozen import FrozenWorker
+from actors.health import observed
 from actors.training_groups import frozen_scores
 from rlhf.errors import ConfigError
 from rlhf.models.load import load_scalar
@@ -84,13 +85,14 @@ class ScorerWorker(FrozenWorker):
         self._normaliser = ScoreNormaliser.read(self._folder)
         return load_scalar(self._config)
 
+    @observed
     def score(self, groups: Sequence[GroupHandle]) -> list[tuple[Score, ...]]:
         """Returns, per group, one score per sibling; a number that is not finite is a missing score with its error.
 
         Raises:
             RolloutsLostError: Groups went away with their node.
         """
-        found = frozen_scores(self._model, self._fetch(groups), max_tokens=self._max_tokens)
+        found = frozen_scores(self._model, self._fetch(groups), max_tokens=self._max_tokens, progress=self.progress)
         return [tuple(self._to_score(value) for value in values) for values in found]
 
     def _to_score(self, value: float) -> Score:

@@ -19,6 +19,9 @@ from rlhf.types import GroupHandle, TrainGroup
 
 T = TypeVar("T")
 
+Progressed = Callable[[], None]
+"""Is told of every batch that is done."""
+
 TokenValues = tuple[NDArray[np.float32], ...]
 """K float32 arrays [T_k]."""
 
@@ -65,7 +68,12 @@ def batches(groups: Sequence[TrainGroup], max_tokens: int) -> Iterator[list[int]
 
 
 def frozen_log_probs(
-    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, temperature: float
+    model: nn.Module,
+    groups: Sequence[TrainGroup],
+    *,
+    max_tokens: int,
+    temperature: float,
+    progress: Progressed = lambda: None,
 ) -> list[TokenValues]:
     """Log-probs of every completion under a model that does not train, in the groups' order."""
 
@@ -74,10 +82,12 @@ def frozen_log_probs(
         assert log_probs is not None, "a language model gives them"
         return split_by_length(log_probs, batch)
 
-    return _read_batches(model, groups, max_tokens, read)
+    return _read_batches(model, groups, max_tokens, read, progress)
 
 
-def frozen_scores(model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int) -> list[list[float]]:
+def frozen_scores(
+    model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens: int, progress: Progressed = lambda: None
+) -> list[list[float]]:
     """Scores of every completion under a reward model, in the groups' order."""
 
     def read(batch: PackedBatch) -> list[list[float]]:
@@ -85,11 +95,15 @@ def frozen_scores(model: nn.Module, groups: Sequence[TrainGroup], *, max_tokens:
         assert scores is not None, "a scalar model gives them"
         return split_by_group(scores, batch)
 
-    return _read_batches(model, groups, max_tokens, read)
+    return _read_batches(model, groups, max_tokens, read, progress)
 
 
 def _read_batches(
-    model: nn.Module, groups: Sequence[TrainGroup], max_tokens: int, read: Callable[[PackedBatch], list[T]]
+    model: nn.Module,
+    groups: Sequence[TrainGroup],
+    max_tokens: int,
+    read: Callable[[PackedBatch], list[T]],
+    progress: Progressed,
 ) -> list[T]:
     found: dict[int, T] = {}
     device = next(model.parameters()).device
@@ -97,4 +111,5 @@ def _read_batches(
         for indices in batches(groups, max_tokens):
             batch = pack([groups[i] for i in indices], pad_id=0).to(device)
             found |= dict(zip(indices, read(batch), strict=True))
+            progress()
     return [found[i] for i in range(len(groups))]

@@ -28,6 +28,7 @@ from cluster.planning import check_free, check_placement, stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
 from cluster.storage import check_shared
+from cluster.tending import Tending
 from cluster.topology import fits
 from rlhf.errors import ClusterError, ConfigError, PlacementError, RlhfError
 from rlhf.loops.shared_gate import Mover, SharedGate
@@ -109,9 +110,11 @@ class RunContext:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a role is placed, so that none is placed twice."""
     _requests: ScaleRequests = field(init=False)
+    _tending: Tending = field(init=False)
 
     def __post_init__(self) -> None:
         self._requests = ScaleRequests(self.run.root, self.event)
+        self._tending = Tending(self.config, self.run, self.event)
 
     # Records
 
@@ -196,6 +199,7 @@ class RunContext:
             with self.timings.phase(f"start/{role}"):
                 await fleet.scale(wanted)
             self._share(role, fleet_mover(fleet, self.timings))
+        self._tending.fleet(fleet, worker)
         return fleet
 
     def _share(self, role: str, move: Mover) -> None:
@@ -228,6 +232,7 @@ class RunContext:
         """Ends a role's fleet and gives its placement back; nothing happens where there is none."""
         fleet = self._fleets.pop(role, None)
         self._unshare(role)
+        await self._tending.leave(role)
         if fleet is not None:
             await fleet.stop()
             self._placers.pop(role).close()
@@ -263,11 +268,14 @@ class RunContext:
                 with self.timings.phase(f"start/{role}"):
                     await gang.start()
                 self._share(role, gang_mover(gang, self.timings))
+            self._tending.gang(gang)
             yield gang
+            await self._tending.leave(role)  # a rank that leaves the process group answers nobody
             await gang.stop()
         finally:
             self._unshare(role)
             self.board.gangs.pop(role, None)
+            await self._tending.leave(role)
             gang.kill()
             placer.close()
 
@@ -278,6 +286,7 @@ class RunContext:
             for role, wanted in self._requests.due(self._fleets).items():
                 if (fleet := self._fleets.get(role)) is None:  # released while another one was scaled
                     continue
+                await self._tending.by_hand(role)
                 self.event("scaling", role=role, replicas=wanted)
                 try:
                     refuse_scale(self.config, role, wanted)
@@ -292,6 +301,7 @@ class RunContext:
 
     async def close(self) -> None:
         """Ends every fleet and the recorder."""
+        await self._tending.close()
         for role in list(self._fleets):
             await self.release(role)
         for placer in self._placers.values():  # the recorder's

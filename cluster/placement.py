@@ -15,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.health import HEALTH_GROUP
 from actors.telemetry import RUN_LABEL
 from cluster.token import protect_token
 from cluster.topology import NodeCapacity, Resources
@@ -215,8 +216,9 @@ class Placer:
         threads = self._resources.threads or os.cpu_count() or 1
         mark = {name: os.environ.get(name, "") for name in (RUN_MARK, RUN_LABEL)} | KEEP_ENVIRONMENT
         variables = {"OMP_NUM_THREADS": str(threads)} | mark | dict(env or {})
+        actor_class: Any = ray.remote
         handle: Any = (
-            ray.remote(worker)
+            actor_class(concurrency_groups={HEALTH_GROUP: 1})(worker)
             .options(
                 num_cpus=self._resources.cpus,
                 num_gpus=self._resources.gpus,

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from actors.settings import EndpointConfig
 from actors.vllm.config import EngineConfig
+from cluster.autoscale import AutoscaleConfig
 from cluster.tensor_parallel import check_gpus
 from cluster.topology import Resources, RolePlan
 from rlhf.config import StrictModel
@@ -18,6 +19,8 @@ class GenerationRole(StrictModel):
 
     replicas: int = Field(default=1, ge=1)
     """Replicas at the start; ``rlhf scale`` changes them while the run goes on."""
+    autoscale: AutoscaleConfig | None = None
+    """Changes the number of replicas with the queue; unset: only ``rlhf scale`` does."""
     resources: Resources = Resources()
     """What one replica takes."""
     engine: EngineConfig = EngineConfig()
@@ -31,6 +34,8 @@ class JudgeRole(StrictModel):
 
     replicas: int = Field(default=1, ge=1)
     """Replicas at the start."""
+    autoscale: AutoscaleConfig | None = None
+    """Changes the number of replicas with the queue; unset: only ``rlhf scale`` does."""
     resources: Resources = Resources()
     """What one replica takes."""
     model: str | None = None
@@ -46,6 +51,8 @@ class FrozenRole(StrictModel):
 
     replicas: int = Field(default=1, ge=1)
     """Replicas at the start."""
+    autoscale: AutoscaleConfig | None = None
+    """Changes the number of replicas with the queue; unset: only ``rlhf scale`` does."""
     resources: Resources = Resources()
     """What one replica takes."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -71,6 +71,8 @@ def check_sharing(roles: Roles, used: Collection[str]) -> None:
                 f"for gate: shared, one actor of roles.{role}, not {roles.plan(role).count}: a second fraction lands "
                 "on the same GPU. Give roles whole GPUs and set gate: open to use several"
             )
+        if getattr(section, "autoscale", None) is not None:
+            raise ValueError(f"for gate: shared, no roles.{role}.autoscale: a second actor lands on the same GPU")
         if PARTS[role] == ENGINE_PARTS and not section.engine.enable_sleep:
             raise ValueError(f"for gate: shared, roles.{role}.engine.enable_sleep: true, so that it can make room")
 
@@ -92,6 +94,7 @@ def fleet_mover(fleet: Fleet, timings: Timings) -> Mover:
     async def move(parts: frozenset[str]) -> None:
         with timings.phase(f"move/{fleet.role}"):
             with suppress(PublicationError):  # nobody is left, and so nothing of theirs is in memory
+                await fleet.settled()  # a suspect takes no part, and would keep its memory
                 if fleet.healthy:
                     await fleet.broadcast("reside", sorted(parts))
             if parts == PARTS[fleet.role] and fleet.num_missing:

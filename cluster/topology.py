@@ -38,6 +38,15 @@ class Resources(StrictModel):
     restart_window_s: float = Field(default=3600.0, gt=0)
     """Seconds after which the replacement of a dead replica no longer counts."""
 
+    probe_every_s: float = Field(default=10.0, gt=0)
+    """Seconds between two probes of an actor; a start is not probed."""
+    probe_timeout_s: float = Field(default=30.0, gt=0)
+    """When a probe is overdue. The actor then gets no more work until it answers; after a second overdue probe it is
+    ended and replaced."""
+    stall_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time in which the work of an actor that answers makes no progress: no token, batch or verdict. Then
+    everybody's stacks are written to ``RUN/stacks`` and the actor is ended and replaced."""
+
     @field_validator("gpus")
     @classmethod
     def _whole_or_fraction(cls, gpus: float) -> float:

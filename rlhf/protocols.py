@@ -18,14 +18,16 @@ class Generator(Protocol):
     """Draws completions. Owned by the runner; lives for one stage or for the run.
 
     A call admits all its prompts at once, in their order, each to the replica that order fixes. A replica that dies
-    loses its unfinished prompts only: they are dispatched once more, by uid and seed, and a second failure raises
-    ``EngineError``. Every completion comes from weights no older than ``version``, and no newer where ``exact``.
+    loses its unfinished prompts only: they are dispatched once more, by uid and seed. What fails a second replica too
+    is dispatched a last time, prompt by prompt; one that fails a replica by itself is given up and has no group. Losses
+    that go on raise ``EngineError``. Every completion comes from weights no older than ``version``, and no newer where
+    ``exact``.
     """
 
     async def generate(
         self, prompts: Sequence[Prompt], *, num_samples: int, version: int, exact: bool = False
     ) -> list[GroupHandle]:
-        """Returns one handle per prompt, in the prompts' order, each with ``num_samples`` siblings."""
+        """Returns one handle per prompt that was not given up, in the prompts' order, each with ``num_samples``."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.health import Observed, Probe
 from actors.parts import ENGINE_PARTS
 from actors.vllm.config import EngineConfig
 from actors.vllm.link import EngineLink
@@ -79,6 +81,8 @@ class VllmEngine:
         self._pids: list[int] = []
         self._in_flight: dict[str, RequestOutputCollector] = {}
         self._counter = 0
+        self._num_delivered = 0
+        self._num_drawn = 0
 
     @property
     def version(self) -> int | None:
@@ -153,6 +157,21 @@ class VllmEngine:
             with contextlib.suppress(TimeoutError):  # the processes are ended below, without asking
                 await asyncio.wait_for(asyncio.to_thread(llm.shutdown, 5.0), _STOP_TIMEOUT_S)
         await end_processes(self._pids, _STOP_TIMEOUT_S)
+
+    async def probe(self, worker: Observed) -> Probe:
+        """How the engine's work goes: tokens are progress, and its process answers between two of its steps.
+
+        Raises:
+            EngineError: Its process died.
+        """
+        llm = self._link.alive()
+        states = llm.output_processor.request_states.values()
+        unfinished = sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
+        if (num_drawn := self._num_delivered + unfinished) > self._num_drawn:
+            worker.progress(num_drawn - self._num_drawn)
+            self._num_drawn = num_drawn
+        await self._link.call(llm.is_sleeping(), "probe")
+        return dataclasses.replace(worker.health(), unfinished_tokens=unfinished, version=self.version)
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
@@ -265,6 +284,7 @@ class VllmEngine:
     async def _finished(self, key: str, queue: RequestOutputCollector, timeout_s: float) -> RequestOutput:
         output: Any = await self._link.call(queue.get(), "generate", max(timeout_s, 0.001))
         self._in_flight.pop(key, None)
+        self._num_delivered += len(output.outputs[0].token_ids)
         if output.outputs[0].finish_reason not in ("stop", "length"):
             raise self._link.failed(f"that it gave {key} up ({output.outputs[0].finish_reason})")
         return output

@@ -60,6 +60,8 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
         for arm, (policy, num_samples) in arms.items():
             sampled[arm] = await _sample(context, stage, policy, prompts, num_samples)
             bar.advance(len(prompts) * num_samples)
+        answered = set.intersection(*({group.uid for group in groups} for groups in sampled.values()))
+        sampled = {arm: [group for group in groups if group.uid in answered] for arm, groups in sampled.items()}
         for arm, (_, num_samples) in arms.items():
             measured[arm] = await _measure(context, stage, arm, sampled[arm], instruments)
             bar.advance(len(prompts) * num_samples)
@@ -85,11 +87,15 @@ async def _sample(
 ) -> list[GroupHandle]:
     from actors.roles import FleetGenerator
     from cluster.fleets import generation_fleet
+    from rlhf.feedback.missing import check_missing
 
     fleet = await generation_fleet(context, policy)
     generator = FleetGenerator(fleet, context.timings.add_tokens)
     async with context.timed_gate(stage.name).hold("generation"):
-        return await generator.generate(prompts, num_samples=num_samples, version=policy.version, exact=True)
+        groups = await generator.generate(prompts, num_samples=num_samples, version=policy.version, exact=True)
+    lacking = ["the prompt could not be answered"] * (len(prompts) - len(groups))
+    check_missing(lacking, len(prompts), stage.max_missing_fraction, f"completions of stage {stage.name}")
+    return groups
 
 
 async def _measure(

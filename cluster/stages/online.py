@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from actors.gang import LearnerGang
     from actors.publisher import BucketPublisher
     from cluster.context import RunContext
+    from cluster.stages.recovery import GangLosses
     from rlhf.data.prompts import PromptCursor
     from rlhf.loops.online import OnlineRoles
     from rlhf.protocols import Learner
@@ -70,22 +71,24 @@ async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
     role's ``max_restarts`` allows without a newer one.
     """
     from actors.restarts import ProgressBudget
+    from cluster.stages.recovery import GangLosses
     from rlhf.runs import checkpoint
 
     def checkpointed() -> int:
         return max(checkpoint.steps(context.run.checkpoints(stage.name)), default=-1)
 
     budget = ProgressBudget(context.config.roles.learner.resources.max_restarts, checkpointed)
+    losses = GangLosses("learner", context.event)
     while True:
         try:
-            return await _run_gang(context, stage)
+            return await _run_gang(context, stage, losses)
         except LearnerError as error:
-            context.event("gang_lost", role="learner", restarts_left=budget.left, error=str(error))
+            losses.lost(error, restarts_left=budget.left)
             if not budget.take():
                 raise
 
 
-async def _run_gang(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
+async def _run_gang(context: RunContext, stage: OnlineStage, losses: GangLosses) -> dict[str, Any]:
     """One life of the learners."""
     from actors.publisher import BucketPublisher
     from cluster.fleets import generation_fleet, learner_gang
@@ -94,6 +97,7 @@ async def _run_gang(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
     fleet = await generation_fleet(context, context.policy)
     async with AsyncExitStack() as stack:
         gang = await stack.enter_async_context(learner_gang(context, stage))
+        losses.began(gang)
         role = context.config.roles.generation
         publisher = BucketPublisher(
             gang,
@@ -104,18 +108,28 @@ async def _run_gang(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
             timeout_s=role.resources.call_timeout_s,
         )
         stack.callback(context.forget_serving)  # from here on the engines hold weights of their own
-        run = _OnlineRun(context, stage, gang, publisher)
+        run = _OnlineRun(context, stage, gang, publisher, losses)
         return await run.run(stack)
 
 
 class _OnlineRun:
     """One call of the stage: what the loop's hooks share."""
 
-    def __init__(self, context: RunContext, stage: OnlineStage, gang: LearnerGang, publisher: BucketPublisher) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        stage: OnlineStage,
+        gang: LearnerGang,
+        publisher: BucketPublisher,
+        losses: GangLosses | None = None,
+    ) -> None:
+        from cluster.stages.recovery import GangLosses
+
         self.context = context
         self.stage = stage
         self.gang = gang
         self.publisher = publisher
+        self.losses = losses or GangLosses("learner", context.event)
         self.learners: dict[str, Learner] = {"learner": gang}
         self.checkpoints = context.run.checkpoints(stage.name)
         self.progress: Progress
@@ -139,6 +153,7 @@ class _OnlineRun:
         version = context.policy.version
         async with self.roles.gate.hold("publish"):
             await self.publisher.publish(version + first_step)
+        self.losses.resumed(first_step)
         with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
             context.board.progress[stage.name] = self.progress
             hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set, context.event)
@@ -168,6 +183,7 @@ class _OnlineRun:
             critic = await stack.enter_async_context(critic_gang(context, stage))
             annotators["critic"] = critic
             self.learners = {"critic": critic, "learner": self.gang}
+            self.losses.began(self.gang, critic)
         self.cursor = PromptCursor(context.prompts("train"), seed=context.config.seed)
         gate = context.timed_gate(stage.name)
         self.rewards = await build_rewards(context, stage.rewards, gate)
@@ -218,6 +234,7 @@ class _OnlineRun:
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
+        self.losses.trained(step + 1, metrics["rollout/completion_tokens"])
         for name in self.learners:
             if num_skipped := metrics.get(f"{name}/skipped"):
                 batch = f"rollouts/{table_file(self.stage.name, step_part(step))}"  # kept for a look at it
@@ -251,9 +268,10 @@ class _OnlineRun:
         measures = {f"validation/{name}": value for name, value in found.items()}
         given = [score for siblings in scores for score in siblings]
         errors = [score.error for score in given if score.value is None]
-        check_missing(
-            errors, len(given), stage.loop.max_missing_fraction, f"scores of {stage.name}'s validation {num_updates}"
-        )
+        errors += ["the prompt could not be answered"] * (len(prompts) - len(groups))
+        total = len(given) + len(prompts) - len(groups)
+        where = f"scores of {stage.name}'s validation {num_updates}"
+        check_missing(errors, total, stage.loop.max_missing_fraction, where)
         values = [score.value for score in given if score.value is not None]
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)

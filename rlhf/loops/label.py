@@ -24,7 +24,7 @@ class LabelConfig(StrictModel):
     prompts_per_chunk: int = Field(default=64, ge=1)
     """Prompts that are generated, judged and written together; a restart repeats at most one chunk."""
     max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Above this fraction of missing verdicts in a chunk the run stops."""
+    """Above this fraction of missing verdicts, or of prompts that could not be answered, in a chunk the run stops."""
 
 
 class LabelRecorder(Protocol):
@@ -74,6 +74,7 @@ async def label(
                 roles.gate,
                 some,
                 num_samples=config.num_samples,
+                max_missing_fraction=config.max_missing_fraction,
                 version=version,
                 exact=True,
                 where=f"feedback chunk {chunk}",

@@ -33,7 +33,8 @@ class LoopConfig(StrictModel):
     """0: synchronous. 1: the next step is generated while this one trains, which needs
     ``algorithm.policy.importance_cap``."""
     max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Above this fraction of missing scores in a step or a validation the run stops."""
+    """Above this fraction of missing scores in a step or a validation the run stops; and of prompts in a step that
+    could not be answered."""
     evaluate_every: int = Field(default=0, ge=0)
     """Updates between validations, each with a checkpoint, so that the best can be kept; 0 never."""
     checkpoint_every: int = Field(default=10, ge=1)

@@ -34,6 +34,7 @@ class Rollouts:
         gate: Who may compute.
         prompts: Their uids are unique.
         num_samples: Siblings per prompt.
+        max_missing_fraction: Above this fraction of prompts without a group the run stops.
         version: Oldest weights that will do.
         exact: Whether later weights will not do.
         where: Names the step or chunk in events.
@@ -47,6 +48,7 @@ class Rollouts:
         prompts: Sequence[Prompt],
         *,
         num_samples: int,
+        max_missing_fraction: float,
         version: int,
         exact: bool,
         where: str,
@@ -58,10 +60,21 @@ class Rollouts:
         self._generator, self._gate, self._prompts = generator, gate, tuple(prompts)
         self._num_samples, self._version, self._exact = num_samples, version, exact
         self._where, self._event = where, event
+        self._max_missing_fraction = max_missing_fraction
 
     async def draw(self) -> None:
-        """Draws every group."""
+        """Draws every group. A prompt that the generator gave up is left out from here on.
+
+        Raises:
+            MissingFeedbackError: Too many were.
+        """
         self.groups = await self._generate(self._prompts)
+        drawn = {group.uid for group in self.groups}
+        if lacking := [prompt.uid for prompt in self._prompts if prompt.uid not in drawn]:
+            self._event("prompts_dropped", where=self._where, uids=lacking)
+            errors = ["the prompt could not be answered"] * len(lacking)
+            check_missing(errors, len(self._prompts), self._max_missing_fraction, f"prompts of {self._where}")
+            self._prompts = tuple(prompt for prompt in self._prompts if prompt.uid in drawn)
 
     async def over(self, work: Work[T]) -> T:
         """Does ``work`` on all groups, again where some were lost; it must leave nothing behind when it raises that.
@@ -97,7 +110,10 @@ class Rollouts:
             raise error
         self.drawn_again |= lost
         self._event("rollouts_drawn_again", where=self._where, uids=sorted(lost), error=str(error))
-        for place, group in zip(places, await self._generate([self._prompts[p] for p in places]), strict=True):
+        again = await self._generate([self._prompts[place] for place in places])
+        if len(again) != len(places):  # lost, and then given up
+            raise error
+        for place, group in zip(places, again, strict=True):
             self.groups[place] = group
         await self._catch_up(places)
 
@@ -112,7 +128,7 @@ class StepRollouts(Rollouts):
         roles: Of the loop.
         prompts: Of the step.
         num_samples: Siblings per prompt.
-        max_missing_fraction: Above this fraction of missing scores the run stops.
+        max_missing_fraction: Above this fraction of missing scores, or of prompts without a group, the run stops.
         step: The step.
         version: Oldest weights that will do.
         exact: Whether later weights will not do.
@@ -136,13 +152,13 @@ class StepRollouts(Rollouts):
             roles.gate,
             prompts,
             num_samples=num_samples,
+            max_missing_fraction=max_missing_fraction,
             version=version,
             exact=exact,
             where=f"step {step}",
             event=event,
         )
         self._roles = roles
-        self._max_missing_fraction = max_missing_fraction
         self._step = step
         self._done: list[Callable[[Sequence[int]], Awaitable[None]]] = []
 

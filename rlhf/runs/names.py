@@ -9,7 +9,7 @@ INPUTS = "inputs"
 
 RUN_FOLDERS = frozenset(
     {"checkpoints", "control", "eval", "groups", "policy", "rankings", "ray_train", "reward_model", "rollouts"}
-    | {"stages", "tensorboard", "verdicts", INPUTS}
+    | {"stacks", "stages", "tensorboard", "verdicts", INPUTS}
 )
 """Folders of every run; a stage that trains a policy has one more, under its own name."""
 

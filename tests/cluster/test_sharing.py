@@ -164,6 +164,9 @@ class BrokenFleet:
         self.left = left
         self.calls: list[str] = []
 
+    async def settled(self) -> None:
+        """None of them is suspect."""
+
     async def broadcast(self, method: str, parts: list[str]) -> None:
         self.calls.append(" ".join([method, *parts]))
         self.healthy, self.num_missing = self.healthy[: self.left], 2 - self.left
