@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.fleet import Fleet, FleetLimits
+from actors.health import ProbedLoop
 from cluster.placement import Placer
 from cluster.topology import Resources
 from rlhf.errors import DataError, EngineError, PublicationError
@@ -40,11 +41,15 @@ class Fault:
     after: int = 0
 
 
-class EchoWorker:
-    """Answers items with its index. Async like the generation worker: calls overlap."""
+class EchoWorker(ProbedLoop):
+    """Answers items with its index. Async like the generation worker: calls overlap.
 
-    def __init__(self, index: int, fault: Fault | None = None, version: int = -1) -> None:
+    It dies of an item whose uid is ``poison``.
+    """
+
+    def __init__(self, index: int, fault: Fault | None = None, version: int = -1, poison: str = "") -> None:
         self.index = index
+        self.poison = poison
         self.fault = fault
         self.version = version
         self.calls: list[str] = []
@@ -96,8 +101,9 @@ class EchoWorker:
         return self.index
 
     async def answer(self, items: Sequence[Item], seconds: float = 0.0) -> list[Answer]:
-        await self._enter("answer")
-        await asyncio.sleep(seconds)
+        with self.at_work():
+            await self._enter("answer")
+            await asyncio.sleep(seconds)
         return [Answer(item.uid, self.index) for item in items]
 
     async def stream(self, items: Sequence[Item], seconds: float = 0.0) -> AsyncGenerator[Answer, None]:
@@ -108,6 +114,8 @@ class EchoWorker:
                 await asyncio.sleep(0.2)  # what was yielded is on its way
                 await self._fail()
             await asyncio.sleep(seconds)
+            if item.uid == self.poison:
+                os.kill(os.getpid(), signal.SIGKILL)
             yield Answer(item.uid, self.index)
 
     async def begin_update(self, version: int) -> None:
@@ -130,6 +138,7 @@ class EchoFleet:
     faults: Mapping[int, Fault] = field(default_factory=dict)
     limits: FleetLimits = field(default_factory=lambda: FleetLimits(30.0, 20.0, 3))
     size: int = 4
+    poison: str = ""
 
     def __post_init__(self) -> None:
         resources = Resources(cpus=0.1, threads=1, start_timeout_s=30.0)
@@ -139,7 +148,7 @@ class EchoFleet:
         self.fleet = Fleet("echo", self._spawn, self.placer.retire, self._event, self.limits)
 
     def _spawn(self, index: int) -> Any:
-        return self.placer.spawn(EchoWorker, {"index": index, "fault": self.faults.get(index)})
+        return self.placer.spawn(EchoWorker, {"index": index, "fault": self.faults.get(index), "poison": self.poison})
 
     def _event(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))

@@ -57,9 +57,7 @@ class Told(list):
         return [fields for found, fields in self if found == kind]
 
 
-def drive(
-    size: int, body: Callable[[Fleet, World, Told], Awaitable[None]], limits: FleetLimits | None = None
-) -> None:
+def drive(size: int, body: Callable[[Fleet, World, Told], Awaitable[None]], limits: FleetLimits | None = None) -> None:
     """Runs ``body`` on a fleet of fake actors that answer at once, and looks at its books afterwards."""
 
     async def run() -> None:
