@@ -47,6 +47,8 @@ RESUMABLE_KEYS = (
     "**.max_missing_fraction",
     "run_dir",
     "roles.*.replicas",
+    "roles.*.autoscale",
+    "roles.*.autoscale.**",
     "roles.*.resources.**",
     "recorder.**",
     "ray.**",

@@ -34,7 +34,7 @@ class LocalFleet:
     def __init__(self, worker: JudgeBase) -> None:
         self.worker = worker
 
-    async def scatter(self, method: str, items: Sequence[Any], *args: Any) -> Any:
+    async def scatter(self, method: str, items: Sequence[Any], *args: Any, missing: Any = None) -> Any:
         return await getattr(self.worker, method)(items, *args)
 
 

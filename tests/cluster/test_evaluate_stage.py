@@ -50,7 +50,7 @@ class LocalFleet:
         self.calls: list[str] = []
         self._methods = methods
 
-    async def scatter(self, method: str, items: Sequence[Any], *args: Any) -> Any:
+    async def scatter(self, method: str, items: Sequence[Any], *args: Any, **_: Any) -> Any:
         self.calls.append(method)
         return self._methods[method](items, *args)
 
