@@ -273,8 +273,11 @@ class Fleet(Dispatch):
             self._become(replica, ReplicaState.SUSPECT)
             self._event("replica_suspect", role=self.role, replica=replica.index, error=str(error))
 
-    async def answered(self, replica: Replica) -> None:
-        """Takes a suspect that has answered in again, after a welcome where others have been told something since."""
+    async def answered(self, replica: Replica, *, repair: bool = True) -> None:
+        """Takes a suspect that has answered in again, after a welcome where others have been told something since.
+
+        One that cannot be welcomed is lost; see ``lose`` for ``repair``.
+        """
         replica.saw()
         if replica.state is not ReplicaState.SUSPECT:
             return
@@ -283,7 +286,7 @@ class Fleet(Dispatch):
             try:
                 await self._bring_up_to_date(replica)
             except RlhfError as error:
-                await self.lose(replica, error)
+                await self.lose(replica, error, repair=repair)
                 return
         else:
             self._become(replica, ReplicaState.HEALTHY)
@@ -297,14 +300,19 @@ class Fleet(Dispatch):
                 await self.repair()
 
     async def available(self) -> None:
-        """Returns when a replica is healthy, or none can be expected to become so.
+        """Returns when a replica is healthy, or none can be expected to become so; replaces lost ones where none is.
 
         Raises:
             DeadlineError: Neither is so after a start and a call's time.
+            RlhfError: What kept a replacement from starting.
         """
-        if not self.healthy and self.num_missing and self._last_loss is not None and self._restarts.left:
-            await self.repair()
-        await self._until(lambda: bool(self.healthy) or not self._may_serve_soon(), "a healthy replica")
+        while not self.healthy:
+            if self.num_missing and self._last_loss is not None and self._restarts.left:
+                await self.repair()
+            elif self._may_serve_soon():
+                await self._until(lambda: bool(self.healthy) or not self._may_serve_soon(), "a healthy replica")
+            else:
+                return
 
     async def settled(self) -> None:
         """Returns when no replica is suspect or on its way back from it.
@@ -312,8 +320,11 @@ class Fleet(Dispatch):
         Raises:
             DeadlineError: Some still are after a start and a call's time.
         """
-        open_states = (ReplicaState.SUSPECT, ReplicaState.STALE)
-        await self._until(lambda: all(r.state not in open_states for r in self._replicas), "an answer of its suspects")
+
+        def is_open(replica: Replica) -> bool:
+            return replica.state is ReplicaState.SUSPECT or replica.missed_broadcast
+
+        await self._until(lambda: not any(map(is_open, self._replicas)), "an answer of its suspects")
 
     def _may_serve_soon(self) -> bool:
         coming = (*JOINING, ReplicaState.SUSPECT, ReplicaState.RESTARTING)

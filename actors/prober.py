@@ -159,7 +159,7 @@ class FleetProber(Prober):
 
     async def _well(self, worker: Replica, probe: Probe) -> None:
         worker.unfinished_tokens = probe.unfinished_tokens
-        await self._fleet.answered(worker)
+        await self._fleet.answered(worker, repair=self._repair)
 
     async def _end(self, worker: Replica, error: RlhfError) -> None:
         await self._fleet.lose(worker, error, repair=self._repair)

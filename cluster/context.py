@@ -131,6 +131,7 @@ class RunContext:
                 kwargs = {"run": self.run.root, "store": RayStore()}
                 self._recorder = RemoteRecorder(await asyncio.to_thread(placer.spawn, RecorderWorker, kwargs))
                 await self._recorder.call("ping")
+                self._tending.actor("recorder", self._recorder.handle)
         return self._recorder
 
     async def store(self) -> RayStore:
@@ -275,9 +276,9 @@ class RunContext:
         finally:
             self._unshare(role)
             self.board.gangs.pop(role, None)
-            await self._tending.leave(role)
             gang.kill()
             placer.close()
+            await self._tending.leave(role)
 
     async def watch_control(self, interval_s: float = 1.0) -> None:
         """Scales fleets as ``rlhf scale`` asks, for as long as the run goes on; a request that fails is an event."""

@@ -36,6 +36,7 @@ class Tending:
         self._probers: dict[str, Prober] = {}
         self._fleets: dict[str, Fleet] = {}
         self._gangs: dict[str, LearnerGang] = {}
+        self._alone: dict[str, Any] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._by_hand: set[str] = set()
         roles = config.roles
@@ -61,6 +62,10 @@ class Tending:
         prober = GangProber(gang, self._limits(gang.role), self._stalls.stalled)
         self._gangs[gang.role], self._probers[gang.role] = gang, prober
         self._start(gang.role, "probe", prober.run())
+
+    def actor(self, name: str, handle: Any) -> None:
+        """Asks an actor that is neither fleet nor gang for its stacks too."""
+        self._alone[name] = handle
 
     async def by_hand(self, role: str) -> None:
         """Leaves a role's replicas to ``rlhf scale``, for as long as this driver lives."""
@@ -100,6 +105,7 @@ class Tending:
     def _actors(self) -> Mapping[str, Any]:
         replicas = [(fleet.role, replica) for fleet in self._fleets.values() for replica in fleet.present]
         found = {f"{role}[{replica.index}]": replica.handle for role, replica in replicas if replica.handle is not None}
+        found |= self._alone
         for role, gang in self._gangs.items():
             found |= {f"{role}[{rank}]": handle for rank, handle in enumerate(gang.ranks)}
         return found

@@ -167,8 +167,9 @@ class VllmEngine:
         llm = self._link.alive()
         states = llm.output_processor.request_states.values()
         unfinished = sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
-        if (num_drawn := self._num_delivered + unfinished) > self._num_drawn:
-            worker.progress(num_drawn - self._num_drawn)
+        if (num_drawn := self._num_delivered + unfinished) != self._num_drawn:
+            # It sinks for a while when a completion is finished whose turn to be delivered has not come.
+            worker.progress(max(1, num_drawn - self._num_drawn))
             self._num_drawn = num_drawn
         await self._link.call(llm.is_sleeping(), "probe")
         return dataclasses.replace(worker.health(), unfinished_tokens=unfinished, version=self.version)

@@ -171,7 +171,7 @@ def test_a_lost_replica_is_restarting_until_its_replacement_serves() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
         world.never.add("start")
         losing = asyncio.create_task(fleet.lose(fleet.healthy[0], LOST))
-        while len(world.actors) < 3:
+        while len(world.actors) < 3 or not world.actors[2].pending:
             await asyncio.sleep(0.001)
         assert fleet.states == {"healthy": 1, "restarting": 1, "starting": 1} and fleet.num_missing == 0
         world.never.clear()
