@@ -15,7 +15,7 @@ from cluster.config import RunConfig, map_paths, read_run_config, roles_of
 from rlhf.config import dump, load_file, parse_yaml, to_yaml
 from rlhf.errors import ConfigError
 from rlhf.models.resolve import PACKAGE_PREFIX
-from rlhf.runs.directory import config_changes
+from rlhf.runs.changes import config_changes
 from rlhf.runs.environment import REVISION_FILE, git_revision
 from rlhf.runs.names import INPUTS
 from rlhf.runs.redact import redact

@@ -90,7 +90,7 @@ def test_the_exit_codes_are_those_of_the_errors():
 
 def test_the_run_directory_document_follows_the_code():
     from rlhf.runs import tables
-    from rlhf.runs.directory import RESUMABLE_KEYS
+    from rlhf.runs.changes import RESUMABLE_KEYS
 
     text = text_of("docs/run_directory.md")
     for name, schema in {"rollouts": tables.ROLLOUTS, "verdicts": tables.VERDICTS, "rankings": tables.RANKINGS}.items():

@@ -22,7 +22,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,33 +30,12 @@ from pydantic import BaseModel
 
 from rlhf.config import dump, parse_yaml, to_yaml
 from rlhf.errors import ConfigError
+from rlhf.runs.changes import RESUMABLE_KEYS, config_changes, matches_any
 from rlhf.runs.environment import describe_environment
 from rlhf.runs.events import EventLog
 from rlhf.runs.files import TEMPORARY, read_json, write_json, write_text
 from rlhf.runs.names import INPUTS, is_stage_name
 from rlhf.runs.redact import redact
-
-RESUMABLE_KEYS = (
-    "**.steps",
-    "**.epochs",
-    "**.evaluate_every",
-    "**.checkpoint_every",
-    "**.keep_checkpoints",
-    "**.*timeout_s",
-    "**.max_missing_fraction",
-    "run_dir",
-    "roles.*.replicas",
-    "roles.*.autoscale",
-    "roles.*.autoscale.**",
-    "roles.*.resources.**",
-    "recorder.**",
-    "ray.**",
-    "gate",
-    "criteria.**",
-)
-"""Keys that may change when a run is resumed: how long, how often, where, how much may be missing, and how it is judged
-in the end. Nothing may change of a stage that is complete. ``*`` stands for any text inside one part of a dotted key,
-``**`` for any number of parts."""
 
 _LOCK = ".lock"
 
@@ -311,7 +289,7 @@ class RunDirectory:
         self._written = []
         old = self.resolved_config()
         changes = config_changes(old, new)
-        refused = [key for key in changes if not _matches_any(key, resumable)]
+        refused = [key for key in changes if not matches_any(key, resumable)]
         if refused:
             raise _other_config(self.root, {key: changes[key] for key in refused})
         self._check_complete(old, changes)
@@ -359,32 +337,6 @@ def _checked(name: str) -> str:
         action = "Use letters, digits, '-' and '_'."
         raise ConfigError("stage name", found=repr(name), needed="a plain word", action=action)
     return name
-
-
-def config_changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """Differences of two plain documents by dotted key; a key on one side only counts as None on the other."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        pairs = [(str(name), old.get(name), new.get(name)) for name in [*old, *(n for n in new if n not in old)]]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(index), left, right) for index, (left, right) in enumerate(zip(old, new, strict=True))]
-    else:
-        return {} if old == new and type(old) is type(new) else {key: (old, new)}
-    changes: dict[str, tuple[Any, Any]] = {}
-    for name, left, right in pairs:
-        changes |= config_changes(left, right, f"{key}.{name}" if key else name)
-    return changes
-
-
-def _matches_any(key: str, patterns: Sequence[str]) -> bool:
-    return any(_matches(key.split("."), pattern.split(".")) for pattern in patterns)
-
-
-def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not key
-    if pattern[0] == "**":
-        return any(_matches(key[start:], pattern[1:]) for start in range(len(key) + 1))
-    return bool(key) and fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
 
 
 def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:

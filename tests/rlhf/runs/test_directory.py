@@ -15,7 +15,8 @@ import yaml
 
 from rlhf.config import StrictModel, load_file, validate
 from rlhf.errors import ConfigError, DataError, RecordError
-from rlhf.runs.directory import RESUMABLE_KEYS, RunDirectory, _matches_any, config_changes
+from rlhf.runs.changes import RESUMABLE_KEYS, config_changes, matches_any
+from rlhf.runs.directory import RunDirectory
 from rlhf.runs.environment import fingerprint, git_revision, package_versions
 from rlhf.runs.events import read_events
 
@@ -96,12 +97,12 @@ def test_a_complete_stage_keeps_its_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["stages.0.max_missing_fraction", "stages.4.loop.max_missing_fraction"])
 def test_what_an_error_advises_to_change_may_change(key: str) -> None:
-    assert _matches_any(key, RESUMABLE_KEYS)
+    assert matches_any(key, RESUMABLE_KEYS)
 
 
 @pytest.mark.parametrize("key", ["logging.level", "placement.learner"])
 def test_keys_that_no_recipe_has_are_not_listed_as_changeable(key: str) -> None:
-    assert not _matches_any(key, RESUMABLE_KEYS)
+    assert not matches_any(key, RESUMABLE_KEYS)
 
 
 def test_other_keys_are_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
