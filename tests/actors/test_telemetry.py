@@ -77,7 +77,7 @@ def test_what_a_loop_asks_of_a_role_is_in_flight(role: str, monkeypatch: pytest.
     fleet = make_fleet()
     seen: list[int] = []
 
-    async def answer(self: Fleet, method: str, items: list[Any], *args: Any) -> list[Any]:
+    async def answer(self: Fleet, method: str, items: list[Any], *args: Any, **options: Any) -> list[Any]:
         seen.append(snapshot(fleet).items)
         return []
 
