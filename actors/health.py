@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
+import inspect
 import io
 import os
 import sys
@@ -22,6 +24,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 HEALTH_GROUP = "health"
 """Ray's concurrency group of probes: a thread beside the one that works."""
+
+_DEEPEST = 200
+"""Coroutines of one task that are shown."""
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -130,10 +135,26 @@ def _stack_of(task: asyncio.Task[Any]) -> str:
     """The coroutines of a task, down to what it waits for: ``get_stack`` of a waiting task has the first alone."""
     lines = []
     inner: Any = task.get_coro()
-    while inner is not None:
+    for _ in range(_DEEPEST):
         frames = (getattr(inner, name, None) for name in ("cr_frame", "ag_frame", "gi_frame"))
-        if (frame := next((found for found in frames if found is not None), None)) is not None:
+        frame = next((found for found in frames if found is not None), None)
+        if frame is not None:
             lines.append(f"  in {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}\n")
-        awaited = (getattr(inner, name, None) for name in ("cr_await", "ag_await", "gi_yieldfrom"))
-        inner = next((found for found in awaited if found is not None), None)
+        inner = _awaited(inner, in_python=frame is not None)
+        if inner is None:
+            break
     return "".join(lines)
+
+
+def _awaited(inner: Any, *, in_python: bool) -> Any:
+    """What a coroutine waits for. One that was compiled, such as Ray's own, does not say, but refers to it."""
+    names = (getattr(inner, name, None) for name in ("cr_await", "ag_await", "gi_yieldfrom"))
+    found = next((awaited for awaited in names if awaited is not None), None)
+    if found is not None or in_python:
+        return found
+    return next((other for other in gc.get_referents(inner) if _is_waiting(other)), None)
+
+
+def _is_waiting(thing: Any) -> bool:
+    kinds = ("coroutine_wrapper", "async_generator_asend")
+    return inspect.iscoroutine(thing) or inspect.isasyncgen(thing) or type(thing).__name__ in kinds
