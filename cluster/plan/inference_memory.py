@@ -48,20 +48,18 @@ def engine_memory(
     process = process_parts((), talks=pieces > 1)[:1] if device_bytes is not None else ()
     if not config.enforce_eager and device_bytes is not None:
         process += (Part("process", "process", GRAPHS_GIB * GIB),)
-    limit = None if device_bytes is None else config.gpu_memory_utilization * device_bytes
+    cache = 0.0
     if config.kv_cache_gib is not None:
         cache = config.kv_cache_gib * GIB
-        limit = None
-    elif limit is not None:
-        cache = limit - weights - work - sum(part.size for part in process)
-    else:
-        cache = 0.0
+    elif device_bytes is not None:
+        free = config.gpu_memory_utilization * device_bytes
+        cache = free - weights - work - sum(part.size for part in process)
     sequence = per_token * config.max_model_len
-    if config.kv_cache_gib is not None or limit is not None:
+    if config.kv_cache_gib is not None or device_bytes is not None:
         _check_cache(role, config, cache, sequence)
     note = f"{per_token / 1024:.0f} KiB of cache a token, {cache / sequence:.0f} sequences of {config.max_model_len}"
     parts.append(Part("KV cache", "kv_cache", cache))
-    return RoleMemory(role, (*parts, *process), note if cache else "", limit)
+    return RoleMemory(role, (*parts, *process), note if cache else "")
 
 
 def _engine_work(shape: ModelShape, config: EngineConfig, item: int) -> float:

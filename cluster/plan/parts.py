@@ -49,13 +49,11 @@ class RoleMemory:
         role: Section of the role.
         parts: All of them.
         note: What else the reader wants to know, for example how many sequences fit a cache.
-        limit: Bytes that an engine keeps to by itself; None for all others.
     """
 
     role: str
     parts: tuple[Part, ...]
     note: str = ""
-    limit: float | None = None
 
     def on_device(self, kinds: frozenset[Kind]) -> list[Part]:
         """The parts of these kinds."""
