@@ -72,11 +72,12 @@ class Dispatch(ABC):
         """One call of one replica, bounded in time."""
         return await self._submit(replica, method, *args)
 
-    def _submit(self, replica: Replica, method: str, *args: Any) -> asyncio.Future[Any]:
+    def _submit(self, replica: Replica, method: str, *args: Any, timeout_s: float | None = None) -> asyncio.Future[Any]:
         """Sends one call at once, so that no leave can come between the choice of a replica and its work."""
         ref = getattr(replica.handle, method).remote(*args)
         where = f"{self.role}[{replica.index}].{method}"
-        return self._track(replica, await_ref(ref, timeout_s=self.limits.call_timeout_s, where=where))
+        limit = timeout_s or self.limits.call_timeout_s
+        return self._track(replica, await_ref(ref, timeout_s=limit, where=where))
 
     def _track(self, replica: Replica, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
         replica.in_flight += 1

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from actors.calls import await_ref, gather_all, kill
 from actors.dispatch import REPLACEABLE, Dispatch, Event
 from actors.replicas import ENDED, JOINING, PRESENT, FleetLimits, Replica, ReplicaState
 from actors.restarts import RestartBudget
-from rlhf.errors import DeadlineError, PublicationError, ReplicaLostError, RlhfError, WorkerError
+from rlhf.errors import DeadlineError, LearnerError, PublicationError, ReplicaLostError, RlhfError, WorkerError
 
 __all__ = ["REPLACEABLE", "Event", "Fleet", "FleetLimits", "Replica", "ReplicaState"]
 
@@ -158,7 +158,7 @@ class Fleet(Dispatch):
                 self._become(lost, ReplicaState.RESTARTING)
             try:
                 return await self._join(self._newcomer(), lost)
-            except WorkerError:  # the next one would have the same code
+            except (WorkerError, LearnerError):  # the next one would have the same code, or ask the same dead gang
                 raise
             except RlhfError as failure:
                 self._event("restart_failed", role=self.role, error=str(failure))
@@ -346,11 +346,11 @@ class Fleet(Dispatch):
 
     # Calls of all
 
-    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+    async def broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
 
         A leaver still takes part: its last work may wait for the other half of what is broadcast. A suspect does not,
-        and is welcomed as a newcomer is before it serves again.
+        and is welcomed as a newcomer is before it serves again. ``timeout_s``: instead of ``call_timeout_s``.
 
         Raises:
             PublicationError: No replica is left.
@@ -360,7 +360,7 @@ class Fleet(Dispatch):
             replica.missed_broadcast |= replica.state is ReplicaState.SUSPECT
         working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
         replicas = [replica for replica in self._replicas if replica.state in working]
-        calls = [self._submit(replica, method, *args) for replica in replicas]
+        calls = [self._submit(replica, method, *args, timeout_s=timeout_s) for replica in replicas]
         results = await asyncio.gather(*calls, return_exceptions=True)
         kept, impossible = [], None
         for replica, result in zip(replicas, results, strict=True):
@@ -383,11 +383,22 @@ class Fleet(Dispatch):
         """Broadcasts a call that loads other weights, and welcomes newcomers to them from then on.
 
         No replica slips through: one that joins meanwhile is either among those that are called or waits, and then gets
-        the new welcome.
+        the new welcome. Those that fail are replaced.
 
         Raises:
-            PublicationError: No replica is left.
+            RlhfError: Replicas were lost and the restarts of this time are used up.
         """
-        async with self._weights:
-            await self.broadcast(method, *args)
+        async with self.changing_weights():
+            try:
+                await self.broadcast(method, *args)
+            except PublicationError:
+                if self.healthy or not self._wanted:
+                    raise
             self.welcome = welcome
+        await self.repair()
+
+    @contextlib.asynccontextmanager
+    async def changing_weights(self) -> AsyncIterator[None]:
+        """A block in which nobody is welcomed: whoever is being welcomed already serves before it begins."""
+        async with self._weights:
+            yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from actors.calls import await_ref
@@ -26,7 +27,8 @@ class BucketPublisher:
         fleet: Who takes them. The publisher makes itself the fleet's welcome, so that newcomers start current.
         version: Version of the gang's weights now.
         bucket_bytes: Largest bucket; a larger single tensor goes alone.
-        timeout_s: Longest wait for one bucket on one replica.
+        timeout_s: Longest wait for one step (begin, a bucket, finish) on one replica. A good deal less than an engine
+            gives a whole update: the others must not give theirs up while they wait for one that hangs.
         event: Event log.
     """
 
@@ -49,9 +51,10 @@ class BucketPublisher:
             RlhfError: Replicas were lost and the fleet's restarts are used up.
         """
         metrics: Mapping[str, float] = {}
-        async with self._gang.exporting():
+        # The fleet first, as for a newcomer: one that is being welcomed to other weights would miss these.
+        async with self.fleet.changing_weights(), self._gang.exporting():
             try:
-                metrics = await self._send(version, self.fleet.broadcast)
+                metrics = await self._send(version, partial(self.fleet.broadcast, timeout_s=self._timeout_s))
             except PublicationError:
                 if self.fleet.healthy:
                     raise

@@ -47,7 +47,8 @@ class EngineConfig(StrictModel):
     generate_timeout_s: float = Field(default=900.0, gt=0.0)
     """Longest time for one call that draws completions or asks for label log-probabilities, in seconds."""
     update_timeout_s: float = Field(default=300.0, gt=0.0)
-    """Longest time from the first to the last bucket of a weight publication, in seconds."""
+    """Longest time from the first to the last bucket of a weight publication, in seconds. A replica that takes a third
+    of it for one step of a publication is given up, so that the others need not give up theirs."""
 
     @property
     def batched_tokens(self) -> int:

@@ -105,7 +105,7 @@ async def _run_gang(context: RunContext, stage: OnlineStage, losses: GangLosses)
             context.event,
             version=version,
             bucket_bytes=int(role.bucket_mib * 2**20),
-            timeout_s=role.resources.call_timeout_s,
+            timeout_s=role.engine.update_timeout_s / 3,
         )
         stack.callback(context.forget_serving)  # from here on the engines hold weights of their own
         run = _OnlineRun(context, stage, gang, publisher, losses)

@@ -15,7 +15,15 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 import actors.fleet
 from actors.fleet import Fleet, FleetLimits
-from rlhf.errors import DataError, EngineError, PublicationError, ReplicaLostError, RlhfError, WorkerError
+from rlhf.errors import (
+    DataError,
+    EngineError,
+    LearnerError,
+    PublicationError,
+    ReplicaLostError,
+    RlhfError,
+    WorkerError,
+)
 from tests.actors.fleets import Answer, Item, items
 
 
@@ -412,3 +420,59 @@ def test_a_newcomer_during_a_change_of_weights_serves_the_new_ones(newcomer_firs
         await fleet.stop()
 
     asyncio.run(body())
+
+
+def test_a_welcome_that_fails_for_its_learner_costs_one_restart_and_not_all() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits(5.0, 5.0, 3))
+        await fleet.scale(1)
+        gone = LearnerError("learner", found="a gang that was ended", needed="living ranks", action="Again.")
+
+        async def welcome(_: FakeActor) -> None:
+            raise gone
+
+        fleet.welcome = welcome
+        world.actors[0].die()
+        with pytest.raises(LearnerError):
+            await fleet.scatter("answer", items(1))
+        assert fleet._restarts.num_taken == 1, "the next newcomer would have asked the same dead gang"
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def test_a_change_of_weights_that_finds_nobody_is_made_good_by_a_newcomer() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits(5.0, 5.0, 3))
+        await fleet.scale(1)
+        welcomed: list[FakeActor] = []
+
+        async def welcome(actor: FakeActor) -> None:
+            welcomed.append(actor)
+
+        world.actors[0].die()
+        await fleet.change_weights(welcome, "load")
+        assert [replica.handle for replica in fleet.healthy] == welcomed == [world.actors[1]]
+        await fleet.stop()
+        with pytest.raises(PublicationError):
+            await fleet.change_weights(welcome, "load")
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def test_a_call_that_finds_nobody_waits_for_the_replacement_that_another_call_has_asked_for() -> None:
+    async def body() -> None:
+        world = World(random.Random(0), 0.0)
+        fleet = Fleet("echo", world.spawn, world.retired.append, lambda *_, **__: None, FleetLimits(5.0, 5.0, 3))
+        await fleet.scale(1)
+        world.actors[0].die()
+        first = asyncio.create_task(fleet.scatter("answer", items(1)))
+        while fleet.healthy:
+            await asyncio.sleep(0)
+        second = await fleet.scatter("answer", items(1))
+        assert [answer.worker for answer in [*await first, *second]] == [1, 1]
+        await fleet.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
