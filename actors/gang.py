@@ -14,6 +14,7 @@ from actors.parts import LEARNER_PARTS
 from actors.roles import Meter
 from rlhf.errors import DeadlineError, LearnerError, ReplicaLostError, RlhfError, RolloutsLostError
 from rlhf.maths.packing import deal
+from rlhf.runs.places import FileEntry, SaveStatus
 from rlhf.types import GroupHandle
 
 
@@ -174,15 +175,37 @@ class LearnerGang:
         yield
         self._meter(self.role, times * sum(group.num_tokens for group in groups), time.monotonic() - began)
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, place: str) -> Mapping[str, FileEntry]:
         """See ``Learner.save``."""
         async with self.lock:
-            await self.call("save", lambda rank: (directory,))
+            written = await self.call("save", lambda rank: (place,))
+        return {name: entry for files in written for name, entry in files.items()}
 
-    async def load(self, directory: Path) -> None:
+    async def begin_save(self, place: str) -> None:
+        """See ``Learner.begin_save``."""
+        async with self.lock:
+            await self.call("begin_save", lambda rank: (place,))
+
+    async def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        """See ``Learner.saved``; a fault of one rank is told at once."""
+        async with self.lock:
+            states: list[SaveStatus] = await self.call("saved", lambda rank: (wait_s,))
+        if fault := next((state.fault for state in states if state.fault), ""):
+            return SaveStatus(fault=fault)
+        if any(state.files is None for state in states):
+            return SaveStatus()
+        return SaveStatus({name: entry for state in states for name, entry in (state.files or {}).items()})
+
+    async def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
+        """See ``Learner.verify``; each rank reads what it will load, all at once."""
+        async with self.lock:
+            faults = await self.call("verify", lambda rank: (place, files))
+        return next((fault for fault in faults if fault), "")
+
+    async def load(self, place: str) -> None:
         """See ``Learner.load``."""
         async with self.lock:
-            await self.call("load", lambda rank: (directory,))
+            await self.call("load", lambda rank: (place,))
 
     async def export(self, directory: Path) -> None:
         """See ``Learner.export``."""

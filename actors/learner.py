@@ -1,6 +1,7 @@
 """One rank of a learner: any objective, online or offline, on packed rows, under DeepSpeed.
 
-Every method but ``rendezvous``, ``join`` and ``stop`` is collective: all ranks of the gang call it together. A step is
+Every method is collective unless it says otherwise, or is ``rendezvous``, ``join`` or ``stop``: all ranks of the gang
+call it together. A step is
 split into micro-batches whose number is the same on every rank; losses carry global denominators, so the split does
 not change what is learned.
 """
@@ -8,7 +9,7 @@ not change what is learned.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rlhf.objectives.base import Denominators, LossResult, ModelOutputs, Objecti
 from rlhf.objectives.build import build_objective
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.objectives.value import ValueObjective
+from rlhf.runs.places import FileEntry, SaveStatus
 from rlhf.types import GroupHandle, TrainGroup
 
 __all__ = ["LearnerWorker", "RankInfo"]
@@ -167,6 +169,10 @@ class LearnerWorker(ProbedThread):
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank; plain data only."""
         return self._group.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value in rank order, on every rank; plain data only."""
+        return self._group.gather(value)
 
     # Training
 
@@ -366,13 +372,25 @@ class LearnerWorker(ProbedThread):
         self._engine.reside(parts)
         self._runner.reside(parts)
 
-    def save(self, directory: Path) -> None:
-        """Writes this rank's state under an existing directory; the caller makes it atomic."""
-        self._engine.save(directory)
+    def save(self, place: str) -> dict[str, FileEntry]:
+        """Writes this rank's files into a folder or below a URL and says what they are; not a collective."""
+        return self._engine.save(place)
 
-    def load(self, directory: Path) -> None:
-        """Restores what ``save`` wrote; the caller has verified the directory."""
-        self._engine.load(directory)
+    def begin_save(self, place: str) -> None:
+        """Like ``save``, of a copy in host memory that is written while training goes on; ``saved`` says how far."""
+        self._engine.begin_save(place)
+
+    def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        """What has come of ``begin_save``, after at most ``wait_s`` seconds; not a collective."""
+        return self._engine.saved(wait_s)
+
+    def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
+        """Checks what this rank will read of a checkpoint; says what is wrong, or nothing. Not a collective."""
+        return self._engine.verify(place, files)
+
+    def load(self, place: str) -> None:
+        """Restores what ``save`` wrote, on any number of ranks, after ``verify``."""
+        self._engine.load(place)
 
     def export(self, directory: Path) -> None:
         """Writes the model as plain transformers loads it (adapters merged), tokenizer included.

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.rank_saves import RankSaves
 from actors.settings import LearnerConfig
 from rlhf.data.groups import best_completions, read_groups, split_held_out
 from rlhf.data.supervised import SupervisedDataConfig, load_supervised
-from rlhf.errors import DataError
+from rlhf.errors import DataError, NonFiniteError
 from rlhf.loops.offline import (
     OfflineConfig,
     OfflineHooks,
@@ -25,7 +26,7 @@ from rlhf.loops.offline import (
 )
 from rlhf.maths.pairs import count_ordered_pairs
 from rlhf.objectives.config import ObjectiveConfig
-from rlhf.runs import checkpoint
+from rlhf.runs.checkpoint_config import CheckpointConfig
 from rlhf.runs.directory import RunDirectory
 from rlhf.runs.files import read_json, replacing_folder, unfinished_folder, write_json
 from rlhf.runs.follow import STEPS_KNOWN
@@ -60,6 +61,8 @@ class OfflineJob:
         seed: Of split and order.
         threads: Compute threads of a rank; None takes all cores of its node.
         temperature: Logits are divided by it: the sampler's, where the policy learns from what it drew itself.
+        checkpoints: Where checkpoints go, and how they are written.
+        on_gpus: Whether the ranks have GPUs.
     """
 
     kind: str
@@ -77,6 +80,8 @@ class OfflineJob:
     seed: int
     threads: int | None
     temperature: float
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    on_gpus: bool = False
 
     @property
     def stop_request(self) -> Path:
@@ -141,17 +146,22 @@ def train_rank(config: Mapping[str, Any]) -> None:
     check_first_step(first_step, num_steps(len(groups), job.loop), f"stage {job.stage}: loop.epochs")
     session.say_steps(first_step, num_steps(len(groups), job.loop))
     timed = _TimedLearner(worker)
-    done = train_offline(
-        timed,
-        groups,
-        held_out,
-        job.loop,
-        session.hooks(),
-        rank=rank,
-        num_ranks=num_ranks,
-        seed=job.seed,
-        first_step=first_step,
-    )
+    try:
+        done = train_offline(
+            timed,
+            groups,
+            held_out,
+            job.loop,
+            session.hooks(),
+            rank=rank,
+            num_ranks=num_ranks,
+            seed=job.seed,
+            first_step=first_step,
+        )
+    except NonFiniteError:  # of all ranks at once, so they can still finish what they were saving
+        session.end()
+        raise
+    session.end()
     if done == num_steps(len(groups), job.loop):
         tokens = tokens_from(groups, job.loop, seed=job.seed, first_step=first_step)
         session.finish(held_out, num_groups=len(groups), trained={"tokens": tokens, "seconds": timed.seconds})
@@ -183,31 +193,35 @@ class _Session:
         self._worker = worker
         self._rank = rank
         self._run = RunDirectory(job.run_dir)
-        self._checkpoints = self._run.checkpoints(job.stage)
+        self._saves = RankSaves(
+            job.checkpoints.storage(self._run, job.stage),
+            worker,
+            rank,
+            keep=KEEP_CHECKPOINTS,
+            in_background=job.checkpoints.writes_in_background(on_gpus=job.on_gpus),
+            timeout_s=job.learner.deepspeed.collective_timeout_s,
+        )
         self._metrics = MetricsLogger(self._run.metrics, tensorboard=self._run.tensorboard) if rank == 0 else None
 
     def hooks(self) -> OfflineHooks:
-        return OfflineHooks(self._log, self._save, self._should_stop)
+        return OfflineHooks(self._log, self._saves.save, self._should_stop)
 
     def resume(self) -> int:
         """Loads the newest verified checkpoint on every rank and returns its step, 0 where there is none."""
-        found = checkpoint.load_latest(self._checkpoints, on_event=self._event) if self._rank == 0 else None
-        if found is not None:
-            self._event("stage_resumed", {"step": found.step})
-        path, step = self._worker.broadcast((found.path, found.step) if found else (None, 0))
-        if path is not None:
-            self._worker.load(path)
+        step = self._saves.resume(self._event)
+        if step is not None:
+            self._event("stage_resumed", {"step": step})
         if self._metrics is not None:
-            self._metrics.resume(self._job.stage, step)
-        return int(step)
+            self._metrics.resume(self._job.stage, step or 0)
+        return step or 0
 
     def say_steps(self, done: int, steps: int) -> None:
         """Says how much there is to do, which the driver cannot know: it has not read the data."""
-        if self._rank == 0:
-            self._event(STEPS_KNOWN, {"steps": steps, "done": done})
+        self._event(STEPS_KNOWN, {"steps": steps, "done": done})
 
     def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        self._run.events.record(kind, stage=self._job.stage, **fields)
+        if self._rank == 0:
+            self._run.events.record(kind, stage=self._job.stage, **fields)
 
     def _log(self, step: int, metrics: Mapping[str, float], uids: Sequence[str]) -> None:
         if self._metrics is not None:
@@ -216,19 +230,12 @@ class _Session:
                 self._event("update_skipped", {"step": step, "uids": list(uids)})
 
     def _should_stop(self) -> bool:
+        self._saves.check()
         return bool(self._worker.broadcast(self._job.stop_request.exists()))
 
-    def _save(self, step: int) -> None:
-        """Every rank writes into rank 0's unfinished checkpoint, which the next save or load removes after a kill."""
-        if self._rank == 0:
-            checkpoint.save(self._checkpoints, step, self._write, state={}, keep=KEEP_CHECKPOINTS)
-        else:
-            self._write(None)
-        self._worker.barrier()
-
-    def _write(self, directory: Path | None) -> None:
-        self._worker.save(self._worker.broadcast(directory))
-        self._worker.barrier()  # all ranks have written before rank 0 lists the files
+    def end(self) -> None:
+        """Waits for the last checkpoint, on every rank."""
+        self._saves.finish()
 
     def finish(self, held_out: Sequence[TrainGroup], num_groups: int, trained: Mapping[str, float]) -> None:
         """Exports the model, then measures it on the held-out groups and writes the results for the driver.

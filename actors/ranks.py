@@ -100,13 +100,17 @@ class ProcessGroup:
             dist.all_reduce(result, op=dist.ReduceOp.MAX)
         return int(result.item())
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value in rank order; plain data only."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
     def gather_names(self, names: Sequence[str]) -> list[str]:
         """Every rank's names in rank order."""
-        found: list[list[str] | None] = [None] * self.world_size
-        if self.world_size == 1:
-            return list(names)
-        dist.all_gather_object(found, list(names))
-        return [name for part in found if part is not None for name in part]
+        return [name for part in self.gather(list(names)) for name in part]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank; plain data only."""

@@ -87,10 +87,11 @@ def fit_ranks(
     )
     run = RunDirectory(job.run_dir)
     events = run.events
+    storage = job.checkpoints.storage(run, job.stage)
     fit_with_restarts(
         trainer.fit,
         job.stage,
-        ProgressBudget(max_restarts, lambda: max(checkpoint.steps(run.checkpoints(job.stage)), default=-1)),
+        ProgressBudget(max_restarts, lambda: max(checkpoint.steps(storage), default=-1)),
         stop_request=job.stop_request,
         on_event=lambda kind, fields: events.record(kind, stage=job.stage, **fields),
     )

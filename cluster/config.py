@@ -22,6 +22,7 @@ from rlhf.data.prompts import PromptDataConfig
 from rlhf.evaluation.criteria import CriteriaConfig
 from rlhf.evaluation.report_card import ReportCardConfig
 from rlhf.models.resolve import anchor_model
+from rlhf.runs.checkpoint_config import CheckpointConfig
 from rlhf.runs.names import NOT_STAGES, RUN_FOLDERS, is_stage_name, validation_stage
 from rlhf.sampling import SamplingConfig
 
@@ -95,6 +96,8 @@ class RunConfig(StrictModel):
     its own."""
     stages: list[Stage] = Field(min_length=1)
     """What is done, in order."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """Where checkpoints go, and how they are written."""
     criteria: CriteriaConfig | None = None
     """Bars that the evaluation is held against; they are reported and do not fail the run."""
     ray: RayConfig = RayConfig()

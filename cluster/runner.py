@@ -30,6 +30,7 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
     refused recipe leaves nothing behind, so that a smaller one can take the same directory. Of a run that is complete
     nothing but the recipe is looked at: its data and models may have gone elsewhere.
     """
+    from cluster.checkpoints import claim_target
     from cluster.checks import check_inputs
     from cluster.planning import check_devices, check_placement, private_node
     from rlhf.runs.directory import RunDirectory
@@ -48,6 +49,7 @@ def run(config: RunConfig, *, only: str | None = None) -> int:
         if data is None or not left:
             print(f"{directory.root}: every stage is complete")
             return _finish(config, directory.root)
+        claim_target(config.checkpoints, directory)
         code = asyncio.run(_drive(config, directory, left, data.prompts))
         return code or _finish(config, directory.root)
 

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
+from rlhf.runs.places import FileEntry, SaveStatus
 from rlhf.types import GroupHandle, Judgement, Prompt, Score
 
 
@@ -84,12 +85,27 @@ class Learner(Protocol):
         """Trains on whole groups (all epochs and mini-batches of one step) and returns reduced scalars."""
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Writes every rank's state (weights, optimizer, schedule, RNG) under an existing directory."""
+    async def save(self, place: str) -> Mapping[str, FileEntry]:
+        """Writes every rank's state (weights, optimizer, schedule, RNG) into an empty place; returns what it wrote.
+
+        A place is a folder or a URL, see ``rlhf.runs.places``.
+        """
         ...
 
-    async def load(self, directory: Path) -> None:
-        """Restores what ``save`` wrote; the directory has been verified against its manifest."""
+    async def begin_save(self, place: str) -> None:
+        """Copies that state to host memory, and returns while every rank writes its copy."""
+        ...
+
+    async def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        """What has come of ``begin_save``, after at most ``wait_s`` seconds; a full disk is no error here."""
+        ...
+
+    async def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
+        """Checks the bytes that ``load`` will read against a manifest; what is wrong with them, or nothing."""
+        ...
+
+    async def load(self, place: str) -> None:
+        """Restores what ``save`` wrote, on any number of ranks; ``verify`` has found nothing wrong with it."""
         ...
 
     async def export(self, directory: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.background_write import BackgroundWrite
 from actors.deepspeed.config import DeepSpeedConfig, OptimConfig, deepspeed_settings, learning_rate
+from actors.deepspeed.layout import StateLayout
+from actors.deepspeed.shards import RankState, SavedState
 from actors.host_memory import HostMemory, module_tensors, storage_id, tensors_within
 from actors.parts import LEARNER_PARTS
 from actors.ranks import ProcessGroup
 from rlhf.errors import CheckpointError, LearnerError, NonFiniteError
 from rlhf.maths.packing import PackedBatch
+from rlhf.runs.places import FileEntry, SaveStatus
 
-TAG = "engine"
 MAX_SKIPS = 3
-RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class TrainEngine:
                 parameter.grad_dtype = torch.float32
         self._aside = {part: HostMemory(group.device.type) for part in sorted(LEARNER_PARTS)}
         self._resident = set(LEARNER_PARTS)
+        self._background = BackgroundWrite()
+        self._verified: tuple[str, SavedState] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -202,49 +206,97 @@ class TrainEngine:
         with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
             yield
 
-    def save(self, directory: Path) -> None:
-        """Writes this rank's weights, optimizer, counters and random state under an existing directory; a collective.
+    def save(self, place: str) -> dict[str, FileEntry]:
+        """Writes this rank's fp32 weights, optimizer state, counters and random state; not a collective.
 
-        Files are written in place: the caller makes the directory temporary and renames it.
+        Returns:
+            What was written, by name.
+
+        Raises:
+            CheckpointError: The disk is full or refused.
         """
+        self._background.wait()
+        return self._state().write(place)
+
+    def begin_save(self, place: str) -> None:
+        """Copies what ``save`` writes to host memory; it is written while training goes on, see ``saved``.
+
+        The copy takes 12 bytes of host memory for each number that this rank optimizes, until it is written.
+        """
+        self._background.wait()  # two copies at a time would be one too many
+        state = self._state().snapshot()
+        self._background.begin(lambda: state.write(place))
+
+    def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        """What has come of ``begin_save``, after at most ``wait_s`` seconds."""
+        return self._background.status(wait_s)
+
+    def _layout(self) -> StateLayout:
+        stage, rank = self._config.zero_stage, self._group.rank
+        return StateLayout(self.module, self._engine.optimizer, self._optimizer, zero_stage=stage, rank=rank)
+
+    def _state(self) -> RankState:
         self._require(*LEARNER_PARTS)
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        for script in RECOVERY_SCRIPTS:
-            (directory / script).unlink(missing_ok=True)
-        state = {
-            "world_size": self._group.world_size,
+        counters = {
             "zero_stage": self._config.zero_stage,
             "applied": self.applied,
             "skipped": self.skipped,
             "consecutive": self._consecutive,
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state() if self._group.device.type == "cuda" else None,
         }
-        torch.save(state, directory / f"rank_{self._group.rank}.pt")
-        self._group.barrier()
+        random = {"rng": torch.get_rng_state()}
+        if self._group.device.type == "cuda":
+            random["device_rng"] = torch.cuda.get_rng_state()
+        return RankState.of(self._layout(), counters, random, self._group.rank, self._group.world_size)
 
-    def load(self, directory: Path) -> None:
-        """Restores what ``save`` wrote, from a directory whose manifest has been verified; a collective.
+    def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
+        """Checks the bytes of every file that ``load`` will read on this rank; says what is wrong, or nothing.
+
+        Files of a URL are kept for ``load``. Not a collective.
+        """
+        self._forget_verified()
+        try:
+            saved = SavedState(place, files)
+            self._verified = (place, saved)
+            saved.fetch(self._layout().fragments, self._group.rank)
+        except CheckpointError as error:
+            self._forget_verified()
+            return error.found
+        return ""
+
+    def _forget_verified(self) -> None:
+        if self._verified is not None:
+            self._verified[1].close()
+            self._verified = None
+
+    def load(self, place: str) -> None:
+        """Restores what ``save`` wrote, on any number of ranks and at any ZeRO stage, after ``verify``; a collective.
+
+        On as many ranks as wrote it each goes on with its own random state. On another number each draws a new one
+        from its seed and the steps that are done, so that no two ranks draw the same.
 
         Raises:
-            CheckpointError: It was written by another number of ranks or at another ZeRO stage.
+            CheckpointError: It was written by another model, or by other trained parts of it.
         """
         self._require(*LEARNER_PARTS)
-        path = directory / f"rank_{self._group.rank}.pt"
-        if not path.is_file():
-            raise _mismatch(directory, f"no {path.name}", f"the state of {self._group.world_size} ranks")
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        found = (state["world_size"], state["zero_stage"])
-        wanted = (self._group.world_size, self._config.zero_stage)
-        if found != wanted:
-            raise _mismatch(directory, *(f"{ranks} ranks at ZeRO stage {stage}" for ranks, stage in (found, wanted)))
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
-        if loaded is None:
-            raise _mismatch(directory, "no engine state", "the folder that save wrote")
-        self.applied, self.skipped, self._consecutive = state["applied"], state["skipped"], state["consecutive"]
-        torch.set_rng_state(state["rng"])
-        if state["device_rng"] is not None:
-            torch.cuda.set_rng_state(state["device_rng"])
+        if self._verified is None or self._verified[0] != place:
+            raise LearnerError(
+                f"learner rank {self._group.rank}",
+                found=f"a checkpoint in {place} that was not verified",
+                needed="verify before load",
+                action="This is a defect of the caller.",
+            )
+        saved = self._verified[1]
+        saved.restore(self._layout())
+        meta = next(iter(saved.meta.values()))
+        self.applied, self.skipped, self._consecutive = meta["applied"], meta["skipped"], meta["consecutive"]
+        if saved.world_size == self._group.world_size:
+            random = saved.random_states(self._group.rank)
+            torch.set_rng_state(random["rng"])
+            if "device_rng" in random and self._group.device.type == "cuda":
+                torch.cuda.set_rng_state(random["device_rng"])
+        else:
+            torch.manual_seed((torch.initial_seed() + 1_000_003 * (self.applied + 1)) % 2**63)
+        self._forget_verified()
 
     def reside(self, parts: Collection[str]) -> None:
         """Keeps these of ``LEARNER_PARTS`` in device memory and puts the others aside in host memory, bit for bit.
@@ -285,14 +337,7 @@ class TrainEngine:
             )
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks."""
+        """Removes DeepSpeed's hooks, after a write that goes on."""
+        self._background.close()
+        self._forget_verified()
         self._engine.destroy()
-
-
-def _mismatch(directory: Path, found: str, needed: str) -> CheckpointError:
-    return CheckpointError(
-        f"learner state {directory}",
-        found=found,
-        needed=needed,
-        action="Resume with the ranks and the ZeRO stage that wrote it.",
-    )

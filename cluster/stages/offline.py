@@ -118,6 +118,8 @@ async def run_offline(context: RunContext, stage: OfflineStage) -> dict[str, Any
         seed=context.config.seed,
         threads=context.config.roles.learner.resources.threads,
         temperature=learning_temperature(context.config, stage),
+        checkpoints=context.config.checkpoints,
+        on_gpus=context.config.roles.learner.resources.gpus > 0,
     )
     async with context.timed_gate(stage.name).hold("learner"), _shown(context, stage.name):
         await _fit(context, job)

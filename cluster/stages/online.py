@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +17,7 @@ from rlhf.errors import ConfigError, LearnerError
 from rlhf.loops.online import LoopConfig
 from rlhf.rewards.config import RewardParts
 from rlhf.runs.names import step_part, table_file, validation_stage
+from rlhf.runs.places import join
 
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf.rewards.mixture import Mixture
     from rlhf.runs.checkpoint import Checkpoint
     from rlhf.runs.progress import Progress
+    from rlhf.runs.saves import StageSaves
 
 
 class OnlineStage(StrictModel):
@@ -75,7 +76,7 @@ async def run_online(context: RunContext, stage: OnlineStage) -> dict[str, Any]:
     from rlhf.runs import checkpoint
 
     def checkpointed() -> int:
-        return max(checkpoint.steps(context.run.checkpoints(stage.name)), default=-1)
+        return max(checkpoint.steps(context.config.checkpoints.storage(context.run, stage.name)), default=-1)
 
     budget = ProgressBudget(context.config.roles.learner.resources.max_restarts, checkpointed)
     losses = GangLosses("learner", context.event)
@@ -131,7 +132,8 @@ class _OnlineRun:
         self.publisher = publisher
         self.losses = losses or GangLosses("learner", context.event)
         self.learners: dict[str, Learner] = {"learner": gang}
-        self.checkpoints = context.run.checkpoints(stage.name)
+        self.checkpoints = context.config.checkpoints.storage(context.run, stage.name)
+        self.saves: StageSaves
         self.progress: Progress
         self.rewards: Mixture
         self.validation_rewards: Mixture | None = None
@@ -154,10 +156,12 @@ class _OnlineRun:
         async with self.roles.gate.hold("publish"):
             await self.publisher.publish(version + first_step)
         self.losses.resumed(first_step)
+        self.saves = self._stage_saves()
         with Progress(stage.name, stage.loop.steps, done=first_step) as self.progress:
             context.board.progress[stage.name] = self.progress
             hooks = Hooks(self._log, self._evaluate, self._checkpoint, context.stopping.is_set, context.event)
-            done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
+            async with self.saves:
+                done = await train_online(self.roles, stage.loop, hooks, first_step=first_step, first_version=version)
         if done < stage.loop.steps:
             raise StopRequestedError(
                 f"stage {stage.name}", found="a signal", needed="more steps", action="Run the command again to go on."
@@ -198,10 +202,24 @@ class _OnlineRun:
             gate=gate,
         )
 
+    def _stage_saves(self) -> StageSaves:
+        from rlhf.runs.saves import StageSaves
+
+        resources = self.context.config.roles.learner.resources
+        return StageSaves(
+            self.checkpoints,
+            self.learners,
+            self.context.gate,
+            keep=self.stage.keep_checkpoints,
+            in_background=self.context.config.checkpoints.writes_in_background(on_gpus=resources.gpus > 0),
+            on_saved=self._mark,
+            timeout_s=resources.call_timeout_s,
+        )
+
     async def _resume(self) -> int:
         from rlhf.runs import checkpoint
 
-        found = checkpoint.load_latest(self.checkpoints, on_event=self._event)
+        found = await checkpoint.load_latest_async(self.checkpoints, self._verify, on_event=self._event)
         step = 0
         if found is not None:
             step = found.step
@@ -219,7 +237,7 @@ class _OnlineRun:
                 self.validation_rewards = self.rewards.measuring()
                 self.validation_rewards.restore(measured_on)
             self._mark(found)  # a driver that was killed right after its save did not, and no other validates this step
-            await self._load(found.path)
+            await self._load(found)
         self.context.metrics.resume(self.stage.name, step)
         self.context.metrics.resume(validation_stage(self.stage.name), step)
         return step
@@ -227,12 +245,21 @@ class _OnlineRun:
     def _event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self.context.event(kind, stage=self.stage.name, **fields)
 
-    async def _load(self, path: Path) -> None:
+    async def _verify(self, found: Checkpoint) -> str:
+        """What is wrong with the files of a checkpoint; the ranks read them, each its own."""
         for name, learner in self.learners.items():
             async with self.context.gate.hold(name):
-                await learner.load(path / name)
+                if fault := await learner.verify(join(found.place, name), found.below(name)):
+                    return f"{name}: {fault}"
+        return ""
+
+    async def _load(self, verified: Checkpoint) -> None:
+        for name, learner in self.learners.items():
+            async with self.context.gate.hold(name):
+                await learner.load(join(verified.place, name))
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.saves.check()
         self.context.metrics.log(self.stage.name, step + 1, metrics)  # updates done, as checkpoints count them
         self.losses.trained(step + 1, metrics["rollout/completion_tokens"])
         for name in self.learners:
@@ -278,24 +305,15 @@ class _OnlineRun:
         self.context.metrics.log(validation_stage(stage.name), num_updates, {"validation/score": mean} | measures)
 
     async def _checkpoint(self, num_updates: int, collected: Mapping[str, Any]) -> None:
-        from rlhf.runs import checkpoint
-
-        async def write(directory: Path) -> None:
-            for name, learner in self.learners.items():
-                (directory / name).mkdir()
-                async with self.context.gate.hold(name):
-                    await learner.save(directory / name)
-
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):
             measured_on = None if self.validation_rewards is None else self.validation_rewards.state()
             measured, score = self.validation
             own = score if measured == num_updates and math.isfinite(score) else None
             state = {**collected, "validation_rewards": measured_on, "validation_score": own}
-            keep = self.stage.keep_checkpoints
-            self._mark(await checkpoint.save_async(self.checkpoints, num_updates, write, state=state, keep=keep))
+            await self.saves.save(num_updates, state)
 
     def _mark(self, saved: Checkpoint) -> None:
-        """Makes a checkpoint the best one where its own validation, if it had one, says so."""
+        """Makes a checkpoint that now exists the best one where its own validation, if it had one, says so."""
         from rlhf.runs import checkpoint
 
         if (score := saved.state.get("validation_score")) is not None:
@@ -311,9 +329,13 @@ class _OnlineRun:
         from rlhf.runs.files import replacing_folder
 
         steps = self.stage.loop.steps
-        best = checkpoint.load_best(self.checkpoints, on_event=self._event) if self.stage.select_best else None
+        best = checkpoint.open_best(self.checkpoints, on_event=self._event) if self.stage.select_best else None
         if best is not None and best.step != steps:
-            await self._load(best.path)
+            if fault := await self._verify(best):
+                checkpoint.reject_best(self.checkpoints, best, fault, on_event=self._event)
+                best = None
+            else:
+                await self._load(best)
         target = self.context.run.root / self.stage.name / "policy"
         with replacing_folder(target) as partial:
             async with self.context.gate.hold("learner"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import json
 import os
 import random
@@ -21,21 +21,23 @@ from rlhf.runs.checkpoint import (
     BEST,
     LATEST,
     MANIFEST,
-    load_best,
+    Checkpoint,
+    first_fault,
     load_latest,
     mark_best,
+    open_best,
+    open_step,
+    reject_best,
     save,
-    save_async,
     steps,
-    verify,
 )
+from rlhf.runs.places import FileEntry, write_file
 
 
 def writer(text: str):
-    def write(folder: Path) -> None:
-        (folder / "rank_0").mkdir()
-        (folder / "rank_0" / "weights.bin").write_bytes(text.encode() * 100)
-        (folder / "config.json").write_text(text)
+    def write(place: str) -> dict[str, FileEntry]:
+        files = {"rank_0/weights.bin": text.encode() * 100, "config.json": text.encode()}
+        return {name: write_file(place, name, [data]) for name, data in files.items()}
 
     return write
 
@@ -53,7 +55,7 @@ def test_saves_loads_and_prunes(tmp_path: Path) -> None:
     checkpoint = load_latest(tmp_path)
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state) == (10, {"cursor": 10})
-    assert (checkpoint.path / "rank_0" / "weights.bin").read_bytes() == b"step 10" * 100
+    assert (Path(checkpoint.place) / "rank_0" / "weights.bin").read_bytes() == b"step 10" * 100
     assert (tmp_path / LATEST).read_text() == "step_10\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == [LATEST, "step_10", "step_3"]
 
@@ -63,7 +65,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 2, writer("again"), state={"cursor": -2}, keep=3)
     checkpoint = load_latest(tmp_path)
     assert checkpoint is not None and checkpoint.state == {"cursor": -2}
-    assert (checkpoint.path / "config.json").read_text() == "again"
+    assert (Path(checkpoint.place) / "config.json").read_text() == "again"
 
 
 @pytest.mark.parametrize("keep, step", [(0, 1), (1, -1)])
@@ -72,51 +74,52 @@ def test_refuses_senseless_numbers(tmp_path: Path, keep: int, step: int) -> None
         save(tmp_path, step, writer("x"), state={}, keep=keep)
 
 
-def test_async_writer(tmp_path: Path) -> None:
-    async def write(folder: Path) -> None:
-        await asyncio.sleep(0)
-        writer("async")(folder)
-
-    checkpoint = asyncio.run(save_async(tmp_path, 4, write, state={"a": 1}, keep=1))
-    assert verify(checkpoint.path).state == {"a": 1}
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_failed_writer_leaves_no_litter(tmp_path: Path, asynchronous: bool) -> None:
+def test_failed_writer_leaves_no_litter(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
 
-    def write(folder: Path) -> None:
-        (folder / "half").write_text("x")
+    def write(place: str) -> dict[str, FileEntry]:
+        write_file(place, "half", [b"x"])
         raise RuntimeError("rank 1 died")
 
-    async def write_async(folder: Path) -> None:
-        write(folder)
-
     with pytest.raises(RuntimeError, match="rank 1 died"):
-        if asynchronous:
-            asyncio.run(save_async(tmp_path, 2, write_async, state={}, keep=1))
-        else:
-            save(tmp_path, 2, write, state={}, keep=1)
+        save(tmp_path, 2, write, state={}, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == [LATEST, "step_1"]
 
 
-def test_cancelled_writer_leaves_no_litter(tmp_path: Path) -> None:
-    async def main() -> None:
-        writing = asyncio.Event()
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"a": FileEntry(3, "0")}, "b, which the manifest does not list"),
+        ({"a": FileEntry(3, "0"), "b": FileEntry(4, "0")}, "b of 3 bytes instead of 4"),
+        ({"a": FileEntry(3, "0"), "b": FileEntry(3, "0"), "c": FileEntry(3, "0")}, "c missing"),
+    ],
+)
+def test_what_lies_there_has_to_be_what_the_writers_say(
+    tmp_path: Path, entries: dict[str, FileEntry], expected: str
+) -> None:
+    save_steps(tmp_path, 1)
 
-        async def write(folder: Path) -> None:
-            (folder / "half").write_text("x")
-            writing.set()
-            await asyncio.sleep(60)
+    def write(place: str) -> dict[str, FileEntry]:
+        for name in ("a", "b"):
+            write_file(place, name, [b"abc"])
+        return entries
 
-        task = asyncio.create_task(save_async(tmp_path, 2, write, state={}, keep=1))
-        await writing.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+    with pytest.raises(CheckpointError, match=expected):
+        save(tmp_path, 2, write, state={}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [LATEST, "step_1"]
 
-    asyncio.run(main())
-    assert list(tmp_path.iterdir()) == []
+
+def test_a_save_reads_no_file_again(tmp_path: Path) -> None:
+    """The digests are the writers' own: one that lied is found out by whoever reads."""
+
+    def write(place: str) -> dict[str, FileEntry]:
+        written = write_file(place, "a", [b"ab", memoryview(b"c")])
+        assert written == FileEntry(3, hashlib.blake2b(b"abc", digest_size=32).hexdigest())
+        return {"a": FileEntry(3, "0" * 64)}
+
+    saved = save(tmp_path, 1, write, state={}, keep=1)
+    assert open_step(tmp_path, 1) == saved
+    assert first_fault(saved) == "a with altered bytes"
 
 
 def flip_byte(path: Path) -> None:
@@ -156,6 +159,22 @@ def test_damage_is_found_and_an_older_one_takes_over(tmp_path: Path, damage: str
     save_steps(tmp_path, 2)
     again = load_latest(tmp_path)
     assert again is not None and again.step == 2
+
+
+def test_which_checkpoint_is_good_is_for_its_readers_to_say(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    asked: list[int] = []
+
+    def verify(candidate: Checkpoint) -> str:
+        asked.append(candidate.step)
+        return "" if candidate.step == 1 else f"rank 1: bytes of step {candidate.step} altered"
+
+    (tmp_path / "step_2" / "config.json").write_text("short")  # nobody is asked about what is plainly incomplete
+    events: list[str] = []
+    found = load_latest(tmp_path, verify, on_event=lambda kind, fields: events.append(str(fields["found"])))
+    assert found is not None and found.step == 1 and asked == [3, 1]
+    assert events == ["rank 1: bytes of step 3 altered", "config.json of 5 bytes instead of 6", "step_3"]
+    assert found.below("rank_0") == {"weights.bin": found.files["rank_0/weights.bin"]}
 
 
 def test_none_good_is_an_error_and_nothing_moves(tmp_path: Path) -> None:
@@ -205,14 +224,14 @@ def test_leftovers_are_cleaned_and_a_replaced_one_comes_back(tmp_path: Path) -> 
 
 
 def test_best_is_tracked_and_never_pruned(tmp_path: Path) -> None:
-    assert load_best(tmp_path) is None
+    assert open_best(tmp_path) is None
     won = []
     for number, value in [(1, 0.5), (2, 0.9), (3, 0.9), (4, float("nan")), (5, 0.2)]:
         save_steps(tmp_path, number, keep=1)
         won.append(mark_best(tmp_path, number, "reward", value))
     assert won == [True, True, False, False, False]
     assert steps(tmp_path) == [5, 2]
-    best = load_best(tmp_path)
+    best = open_best(tmp_path)
     assert best is not None and best.step == 2
     assert json.loads((tmp_path / BEST).read_text()) == {"step": 2, "metric": "reward", "value": 0.9}
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -236,26 +255,36 @@ def test_a_damaged_best_pointer_costs_the_choice_and_not_the_training(tmp_path: 
     (tmp_path / BEST).write_text(text)
     save_steps(tmp_path, 3)  # pruning reads the pointer
     events: list[tuple[str, Path]] = []
-    assert load_best(tmp_path, on_event=lambda kind, fields: events.append((kind, Path(fields["path"])))) is None
+    assert open_best(tmp_path, on_event=lambda kind, fields: events.append((kind, Path(fields["path"])))) is None
     assert events == [("checkpoint_rejected", tmp_path / f"bad-{BEST}")]
     assert (tmp_path / f"bad-{BEST}").read_text() == text
-    assert load_best(tmp_path) is None
+    assert open_best(tmp_path) is None
     assert mark_best(tmp_path, 3, "reward", 0.1)
-    best = load_best(tmp_path)
+    best = open_best(tmp_path)
     assert best is not None and best.step == 3
 
 
-def test_a_damaged_best_checkpoint_is_set_aside_and_the_last_weights_are_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found_by", ["size", "digest"])
+def test_a_damaged_best_checkpoint_is_set_aside_and_the_last_weights_are_taken(tmp_path: Path, found_by: str) -> None:
     save_steps(tmp_path, 1, 2)
     mark_best(tmp_path, 1, "reward", 0.5)
-    (tmp_path / "step_1" / "config.json").write_text("step 7")
+    (tmp_path / "step_1" / "config.json").write_text("step 7" if found_by == "digest" else "step")
     events: list[Path] = []
-    assert load_best(tmp_path, on_event=lambda kind, fields: events.append(Path(fields["path"]))) is None
+
+    def on_event(kind: str, fields) -> None:
+        events.append(Path(fields["path"]))
+
+    best = open_best(tmp_path, on_event=on_event)
+    if found_by == "digest":  # the ranks that read it find it
+        assert best is not None
+        reject_best(tmp_path, best, first_fault(best), on_event=on_event)
+    else:
+        assert best is None
     assert events == [tmp_path / "bad-step_1"]
     assert steps(tmp_path) == [2]
-    assert load_best(tmp_path, on_event=lambda kind, fields: events.append(Path(fields["path"]))) is None
+    assert open_best(tmp_path, on_event=on_event) is None
     assert events[1:] == [tmp_path / f"bad-{BEST}"], "a pointer to nothing is set aside too"
-    assert load_best(tmp_path) is None
+    assert open_best(tmp_path) is None
     latest = load_latest(tmp_path)
     assert latest is not None and latest.step == 2
 
@@ -271,8 +300,8 @@ def test_full_disk_is_a_typed_error_and_the_old_one_stays(tmp_path: Path) -> Non
     save_steps(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write(folder: Path) -> None:
-        (folder / "weights.bin").write_bytes(b"x" * 200_000)
+    def write(place: str) -> dict[str, FileEntry]:
+        return {"weights.bin": write_file(place, "weights.bin", [b"x" * 200_000])}
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
@@ -292,7 +321,7 @@ def test_full_disk_while_the_manifest_is_written(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
         with pytest.raises(CheckpointError):
-            save(tmp_path, 2, lambda folder: (folder / "a").write_text("small"), state={}, keep=1)
+            save(tmp_path, 2, lambda place: {"a": write_file(place, "a", [b"small"])}, state={}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoint = load_latest(tmp_path)
@@ -336,7 +365,7 @@ def test_killed_at_every_disk_call_of_a_save(tmp_path: Path) -> None:
         killed = killed_at_call(folder, number)
         checkpoint = load_latest(folder)
         assert checkpoint is not None and checkpoint.step == 2
-        text = (checkpoint.path / "config.json").read_text()
+        text = (Path(checkpoint.place) / "config.json").read_text()
         assert (text, checkpoint.state["cursor"]) in [("step 2", 2), ("second", 22)]
         seen.add(text)
         if not killed:
@@ -350,15 +379,16 @@ SAVER = """
 import sys
 from pathlib import Path
 from rlhf.runs.checkpoint import load_latest, mark_best, save, steps
+from rlhf.runs.places import write_file
 folder = Path(sys.argv[1])
 checkpoint = load_latest(folder)
 step = checkpoint.step if checkpoint else 0
 print("ready", flush=True)
 while True:
     step += 1
-    def write(path):
-        for rank in range(4):
-            (path / f"rank_{rank}.bin").write_bytes(step.to_bytes(4, "big") * 40_000)
+    def write(place):
+        data = step.to_bytes(4, "big") * 40_000
+        return {f"rank_{rank}.bin": write_file(place, f"rank_{rank}.bin", [data]) for rank in range(4)}
     save(folder, step, write, state={"step": step}, keep=2)
     if step % 3 == 0:
         save(folder, step, write, state={"step": step}, keep=2)
@@ -368,11 +398,11 @@ while True:
 
 
 def test_killed_inside_a_save_at_random_moments(tmp_path: Path) -> None:
-    """Ten processes are killed while they do nothing but save; a good checkpoint is always found, never an older one
+    """Twenty processes are killed while they do nothing but save; a good checkpoint is always found, never an older one
     than the last that ``save`` had returned from."""
     rng = random.Random(0)
     confirmed = 0
-    for _ in range(10):
+    for _ in range(20):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
         )
@@ -391,7 +421,9 @@ def test_killed_inside_a_save_at_random_moments(tmp_path: Path) -> None:
         assert checkpoint.step >= confirmed
         assert checkpoint.state == {"step": checkpoint.step}
         for rank in range(4):
-            assert (checkpoint.path / f"rank_{rank}.bin").read_bytes() == checkpoint.step.to_bytes(4, "big") * 40_000
+            assert (Path(checkpoint.place) / f"rank_{rank}.bin").read_bytes() == checkpoint.step.to_bytes(
+                4, "big"
+            ) * 40_000
         assert not [p for p in tmp_path.iterdir() if p.name.startswith((".tmp", ".old", "bad"))]
         confirmed = checkpoint.step
     assert confirmed >= 1
