@@ -107,7 +107,8 @@ def supervised_stages(info: RankInfo, model: Path, scratch: Path) -> dict[str, A
         directory = scratch / f"stage{stage}"
         directory.mkdir(exist_ok=True)
         worker.barrier()
-        worker.save(directory)
+        written = worker.gather(worker.save(str(directory)))
+        files = {name: entry for part in written for name, entry in part.items()}
         straight = [worker.train_step(groups) for _ in range(2)], weights(worker), torch.get_rng_state().tolist()
         worker.stop()
 
@@ -115,7 +116,8 @@ def supervised_stages(info: RankInfo, model: Path, scratch: Path) -> dict[str, A
             learner_config(model, stage=stage), LocalStore(), info, objective=SupervisedConfig(), total_steps=10
         )
         resumed.start()
-        resumed.load(directory)
+        assert resumed.verify(str(directory), files) == ""
+        resumed.load(str(directory))
         again = [resumed.train_step(groups) for _ in range(2)], weights(resumed), torch.get_rng_state().tolist()
         resumed.stop()
         results[f"stage{stage}"] = {

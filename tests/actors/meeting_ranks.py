@@ -8,7 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from rlhf.errors import DataError, RolloutsLostError
+from rlhf.errors import CheckpointError, DataError, RolloutsLostError
+from rlhf.runs.places import FileEntry, SaveStatus, fetch_file, write_file
 
 
 class RankWorker:
@@ -51,9 +52,28 @@ class RankWorker:
         self._collective()
         return [dataclasses.replace(group, annotations={"values": self.rank}) for group in groups]
 
-    def save(self, directory: Path) -> None:
+    def save(self, place: str) -> dict[str, FileEntry]:
         self._collective()
-        (directory / f"rank{self.rank}").touch()
+        return {f"rank{self.rank}": write_file(place, f"rank{self.rank}", [b"state"])}
+
+    def begin_save(self, place: str) -> None:
+        self.place, self.looks = place, 0
+
+    def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        """Rank 0 is ready first; the last rank says so at its third look, or fails."""
+        self.looks += 1
+        if self.fault == "disk" and self.rank == self.num_ranks - 1:
+            return SaveStatus(fault="No space left on device")
+        if self.looks <= 2 * self.rank:
+            return SaveStatus()
+        return SaveStatus({f"rank{self.rank}": write_file(self.place, f"rank{self.rank}", [b"state"])})
+
+    def verify(self, place: str, files: dict[str, FileEntry]) -> str:
+        try:
+            fetch_file(place, f"rank{self.rank}", files[f"rank{self.rank}"], None)
+        except CheckpointError as error:
+            return error.found
+        return ""
 
     def stop(self) -> None:
         if self.fault == "stop":

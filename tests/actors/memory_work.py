@@ -62,7 +62,7 @@ def _pauses(info: RankInfo, model: Path, folder: Path, fields: dict[str, Any]) -
         worker.reside(("weights", "state"))
         folder.mkdir(parents=True, exist_ok=True)
         worker.barrier()
-        worker.save(folder)
+        worker.save(str(folder))
         results[name] = metrics, exported
         worker.stop()
     straight, paused = results.pop("straight"), results.pop("paused")

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.gang import LearnerGang
 from rlhf.errors import DataError, LearnerError, NonFiniteError, RolloutsLostError, WorkerError
+from rlhf.runs.places import SaveStatus
 from tests.actors.meeting_ranks import RankWorker
 from tests.fakes import make_group
 
@@ -130,8 +131,15 @@ def test_an_update_shares_groups_out_and_ranks_meet(make_gang, tmp_path: Path) -
         assert [g.annotations["values"] for g in annotated] == [0, 0, 1, 1]
         folder = tmp_path / "saved"
         folder.mkdir()
-        await gang.save(folder)
-        assert sorted(path.name for path in folder.iterdir()) == ["rank0", "rank1"]
+        files = await gang.save(str(folder))
+        assert sorted(files) == sorted(path.name for path in folder.iterdir()) == ["rank0", "rank1"]
+        assert await gang.verify(str(folder), files) == ""
+        (folder / "rank1").write_bytes(b"stale")
+        assert await gang.verify(str(folder), files) == "rank1 with altered bytes"
+        copy = tmp_path / "copied"
+        await gang.begin_save(str(copy))
+        states = [await gang.saved() for _ in range(3)]
+        assert [state.files for state in states] == [None, None, files], "when the last rank is done"
 
     asyncio.run(asyncio.wait_for(body(), 60))
 
@@ -181,6 +189,18 @@ def test_groups_that_are_lost_leave_the_gang_alive(make_gang) -> None:
     assert caught.value.uids == ("p3",)
     assert asyncio.run(gang.update(GROUPS))["uids"] == ["p0", "p1"]
     assert pids_of(gang) == pids
+
+
+@engine
+def test_a_rank_whose_disk_is_full_is_told_of_and_the_gang_lives(make_gang, tmp_path: Path) -> None:
+    gang = make_gang(rank1="disk")
+
+    async def body() -> SaveStatus:
+        await gang.begin_save(str(tmp_path / "copied"))
+        return await gang.saved()
+
+    assert asyncio.run(asyncio.wait_for(body(), 60)) == SaveStatus(fault="No space left on device")
+    assert len(pids_of(gang)) == 2
 
 
 @engine

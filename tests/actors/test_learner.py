@@ -13,30 +13,37 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.maths.packing import pack
 from rlhf.models.forward import language_outputs
 from tests.actors.engine_ranks import run_ranks
+from tests.actors.resharding_work import CASES
 from tests.rlhf.models.conftest import make_groups
 from tests.tiny import build_tiny_model
 
 pytestmark = pytest.mark.engine
 
 
-def one_rank_cases(info: Any, model: Path, scratch: Path) -> dict[str, Any]:
+def one_rank_cases(info: Any, model: Path, scratch: Path, meeting: Path) -> dict[str, Any]:
     from tests.actors import learner_work as work
+    from tests.actors import resharding_work as resharding
 
     return {
         "stages": work.supervised_stages(info, model, scratch),
         "exports": work.export_checks(info, model, scratch),
         "online": work.online_cases(info, model, scratch),
         "three_skips": work.three_skips(info, model, scratch),
+        "saves": resharding.same_ranks(info, model, scratch),
+        "exchanged": resharding.exchanged(info, model, meeting),
     }
 
 
-def two_rank_cases(info: Any, model: Path, scratch: Path) -> dict[str, Any]:
+def two_rank_cases(info: Any, model: Path, scratch: Path, meeting: Path) -> dict[str, Any]:
     from tests.actors import learner_work as work
+    from tests.actors import resharding_work as resharding
 
     return {
         "stages": work.supervised_stages(info, model, scratch),
         "exports": work.export_checks(info, model, scratch),
         "online": work.online_cases(info, model, scratch),
+        "saves": resharding.same_ranks(info, model, scratch),
+        "exchanged": resharding.exchanged(info, model, meeting),
     }
 
 
@@ -49,9 +56,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gangs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[list[dict[str, Any]]]]]:
     """One rank and, beside it, two; what takes time is how they start."""
     cases = {1: one_rank_cases, 2: two_rank_cases}
+    meeting = tmp_path_factory.mktemp("meeting")
     with ThreadPoolExecutor(len(cases)) as pool:
         yield {
-            num_ranks: pool.submit(run_ranks, num_ranks, work, model, tmp_path_factory.mktemp(f"ranks{num_ranks}"))
+            num_ranks: pool.submit(
+                run_ranks,
+                num_ranks,
+                work,
+                model,
+                tmp_path_factory.mktemp(f"ranks{num_ranks}"),
+                meeting,
+                timeout_s=500.0,
+            )
             for num_ranks, work in cases.items()
         }
 
@@ -123,7 +139,41 @@ def test_a_resumed_learner_goes_on_bit_equal(ranks: list[dict[str, Any]], stage:
     for rank in ranks:
         result = rank["stages"][f"stage{stage}"]
         assert result["resumes"]
-        assert result["files"] == ["engine", *(f"rank_{i}.pt" for i in range(len(ranks)))]
+        names = [f"rank_{i}.{kind}" for i in range(len(ranks)) for kind in ("json", "safetensors")]
+        assert result["files"] == names, "each rank its own, and no pickle"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_one_number_of_ranks_saved_another_goes_on_with(ranks: list[dict[str, Any]], case: str) -> None:
+    """Two ranks load what one saved, and one what two saved: the same state, bit for bit, and the same losses."""
+    for rank in ranks:
+        result = rank["exchanged"][case]
+        assert result["same names"] and result["same state"] and result["means"] > 0
+        assert result["same weights"]
+        tolerance = 2e-2 if "bf16" in case else 1e-5
+        assert result["losses"] == pytest.approx(result["expected"], rel=tolerance)
+        assert result["losses"][-1] < result["losses"][0]
+        assert result["different random states"]
+    assert ranks[0]["exchanged"][case]["num weights"] > 10
+
+
+def test_a_copy_that_is_written_while_training_goes_on_is_what_was_copied(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["saves"]
+        assert result["same bytes"], "as if it had been written at once"
+        assert result["goes on"], "from a URL as from a folder"
+        assert len(result["files"]) == 2 * len(ranks)
+
+
+def test_a_rank_finds_the_damage_in_what_it_reads(ranks: list[dict[str, Any]]) -> None:
+    last = f"rank_{len(ranks) - 1}.safetensors with altered bytes"
+    assert ranks[0]["saves"]["faults"] == [""] * (len(ranks) - 1) + [last]
+
+
+def test_the_state_of_other_parts_of_the_model_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "Resume with the model, and the trained parts of it" in rank["saves"]["refused"]
+        assert rank["saves"]["unchanged"]
 
 
 def test_the_third_skip_in_a_row_ends_training(single: list[dict[str, Any]]) -> None:

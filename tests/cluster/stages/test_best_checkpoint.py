@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,12 +16,14 @@ from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, StopRequestedError
 from cluster.stages.online import OnlineStage, _OnlineRun
 from rlhf.config import validate
-from rlhf.errors import ConfigError, MissingFeedbackError
+from rlhf.errors import CheckpointError, ConfigError, MissingFeedbackError
 from rlhf.loops.gate import BudgetGate
 from rlhf.loops.online import OnlineRoles
 from rlhf.runs import checkpoint
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.events import read_events
 from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.places import FileEntry, SaveStatus, fetch_file, write_file
 from rlhf.runs.timings import Timings
 from rlhf.types import GroupHandle, Prompt, Score
 from tests.fakes import FakeRun
@@ -28,23 +32,49 @@ START_VERSION = 5
 
 
 class CountingLearner:
-    """A learner whose weights are the number of its updates."""
+    """A learner whose weights are the number of its updates; written in the background they take a moment."""
 
     def __init__(self) -> None:
         self.weights = 0
+        self.writing: tuple[str, int, int] | None = None
+        self.fails_at: int | None = None
+        self.verified = b""
 
     async def update(self, groups: Sequence[GroupHandle]) -> Mapping[str, float]:
         self.weights += 1
         return {}
 
-    async def save(self, directory: Path) -> None:
-        (directory / "weights").write_text(str(self.weights), encoding="utf-8")
+    async def save(self, place: str) -> Mapping[str, FileEntry]:
+        return {"weights": write_file(place, "weights", [str(self.weights).encode()])}
 
-    async def load(self, directory: Path) -> None:
-        self.weights = int((directory / "weights").read_text(encoding="utf-8"))
+    async def begin_save(self, place: str) -> None:
+        assert self.writing is None, "one at a time"
+        self.writing = (place, self.weights, 2)
+
+    async def saved(self, wait_s: float = 0.0) -> SaveStatus:
+        assert self.writing is not None
+        place, weights, answers = self.writing
+        if answers:
+            self.writing = (place, weights, answers - 1)
+            return SaveStatus()
+        self.writing = None
+        if weights == self.fails_at:
+            return SaveStatus(fault="No space left on device")
+        return SaveStatus({"weights": write_file(place, "weights", [str(weights).encode()])})
+
+    async def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                self.verified = fetch_file(place, "weights", files["weights"], Path(scratch)).read_bytes()
+            except CheckpointError as error:
+                return error.found
+        return ""
+
+    async def load(self, place: str) -> None:
+        self.weights = int(self.verified)
 
     async def export(self, directory: Path) -> None:
-        await self.save(directory)
+        await self.save(str(directory))
 
 
 class Rewards:
@@ -111,8 +141,11 @@ class FakeStage(_OnlineRun):
         )
 
 
-def open_stage(folder: Path, steps: int, **changes: Any) -> tuple[RunContext, OnlineStage]:
+def open_stage(
+    folder: Path, steps: int, checkpoints: Mapping[str, Any] | None = None, **changes: Any
+) -> tuple[RunContext, OnlineStage]:
     document = {
+        "checkpoints": dict(checkpoints or {}),
         "name": "x",
         "model": "m",
         "data": {name: {"path": f"{name}.jsonl"} for name in ("train", "validation")},
@@ -153,15 +186,24 @@ def run_stage(run: FakeStage) -> dict[str, Any]:
     return asyncio.run(body())
 
 
+WAYS = {
+    "at once": {"in_background": False},
+    "in the background": {"in_background": True},
+    "to a URL": {"in_background": True, "target": "URL"},
+}
+
+
 @pytest.mark.parametrize(
     ("scores", "best"),
     [([0.1, 0.9, 0.4], 2), ([0.9, 0.4, 0.1], 1), ([0.1, 0.4, 0.9], 3), ([-0.9, -0.1, -0.4], 2), ([0.1, 0.9, 0.9], 2)],
     ids=["in the middle", "the first", "the last", "negative", "the earlier of two equals"],
 )
+@pytest.mark.parametrize("way", WAYS)
 def test_what_is_exported_is_the_checkpoint_of_the_best_validation(
-    scores: list[float], best: int, tmp_path: Path
+    scores: list[float], best: int, way: str, tmp_path: Path
 ) -> None:
-    context, stage = open_stage(tmp_path, len(scores))
+    checkpoints = WAYS[way] | ({"target": f"file://{tmp_path}/store"} if "target" in WAYS[way] else {})
+    context, stage = open_stage(tmp_path, len(scores), checkpoints)
     results = run_stage(FakeStage(context, stage, dict(enumerate(scores, 1))))
     assert (results["selected_step"], results["steps"], results["version"]) == (best, 3, START_VERSION + best)
     assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == str(best)
@@ -232,6 +274,62 @@ def test_a_kill_between_a_save_and_its_mark_loses_no_best_checkpoint(
     assert len(second.fakes.recorded) == 1, "it went on at step 2"
     assert results["selected_step"] == 2
     assert (tmp_path / results["policy"] / "weights").read_text(encoding="utf-8") == "2"
+
+
+def test_a_write_that_fails_in_the_background_ends_the_stage_and_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
+    scores = {1: 0.1, 2: 0.9, 3: 0.4, 4: 0.5}
+    context, stage = open_stage(tmp_path, 4, {"in_background": True})
+    first = FakeStage(context, stage, scores)
+    first.learner.fails_at = 2
+    with pytest.raises(CheckpointError, match="learner: No space left on device"):
+        run_stage(first)
+    assert checkpoint.steps(first.checkpoints) == [1]
+    assert not list((tmp_path / "checkpoints" / "rl").glob(".tmp*"))
+    context, stage = open_stage(tmp_path, 4, {"in_background": True})
+    assert run_stage(FakeStage(context, stage, scores))["selected_step"] == 2
+
+
+def test_a_stop_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    context, stage = open_stage(tmp_path, 4, {"in_background": True})
+    run = FakeStage(context, stage, {1: 0.1, 2: 0.9})
+    log = run._log
+
+    async def stop_after_two(step: int, metrics: Mapping[str, float]) -> None:
+        await log(step, metrics)
+        if step == 1:
+            context.stopping.set()
+
+    run._log = stop_after_two  # type: ignore[method-assign]
+    with pytest.raises(StopRequestedError):
+        run_stage(run)
+    found = checkpoint.load_latest(run.checkpoints)
+    assert found is not None and found.step == 2 and found.state["validation_score"] == 0.9
+    assert json.loads((tmp_path / "checkpoints" / "rl" / "BEST").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_damaged_checkpoint_is_found_by_the_learner_that_reads_it(tmp_path: Path, step: int) -> None:
+    """The newest one, from which the stage would go on; and the best one, which it would end with."""
+    scores = {1: 0.9, 2: 0.1, 3: 0.2}
+    context, stage = open_stage(tmp_path, 3, keep_checkpoints=2)
+    run = FakeStage(context, stage, scores)
+    log = run._log
+
+    async def stop_after_two(number: int, metrics: Mapping[str, float]) -> None:
+        await log(number, metrics)
+        if number == 1:
+            context.stopping.set()
+
+    run._log = stop_after_two  # type: ignore[method-assign]
+    with pytest.raises(StopRequestedError):
+        run_stage(run)
+    (tmp_path / "checkpoints" / "rl" / f"step_{step}" / "learner" / "weights").write_text("7")
+    context, stage = open_stage(tmp_path, 3, keep_checkpoints=2)
+    results = run_stage(FakeStage(context, stage, scores))
+    assert results["selected_step"] == (3 if step == 1 else 1)
+    [rejected] = [e for e in read_events(context.run.events.path) if e["kind"] == "checkpoint_rejected"]
+    assert rejected["found"] == "learner: weights with altered bytes"
+    assert (tmp_path / "checkpoints" / "rl" / f"bad-step_{step}").is_dir()
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
