@@ -1,6 +1,6 @@
 """One rank of a learner: any objective, online or offline, on packed rows, under DeepSpeed.
 
-Every method is collective unless it says otherwise, or is ``rendezvous``, ``join`` or ``stop``: all ranks of the gang
+Every method but ``rendezvous``, ``join``, ``stop`` and those of ``RankCheckpoints`` is collective: all ranks of the gang
 call it together. A step is
 split into micro-batches whose number is the same on every rank; losses carry global denominators, so the split does
 not change what is learned.
@@ -9,7 +9,7 @@ not change what is learned.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from actors.deepspeed.engine import TrainEngine
 from actors.deepspeed.export import WeightExporter
 from actors.health import ProbedThread, observed
 from actors.packed_runner import PackedRunner
+from actors.rank_state import RankCheckpoints
 from actors.ranks import ProcessGroup, RankInfo, free_port
 from actors.scorer import ScoreNormaliser
 from actors.settings import LearnerConfig
@@ -36,7 +37,6 @@ from rlhf.objectives.base import Denominators, LossResult, ModelOutputs, Objecti
 from rlhf.objectives.build import build_objective
 from rlhf.objectives.config import ObjectiveConfig
 from rlhf.objectives.value import ValueObjective
-from rlhf.runs.places import FileEntry, SaveStatus
 from rlhf.types import GroupHandle, TrainGroup
 
 __all__ = ["LearnerWorker", "RankInfo"]
@@ -58,7 +58,7 @@ class _StepSignals:
         return self.signals.select(sequences_of_groups(self.batch, groups), batch.target_ids.shape[1])
 
 
-class LearnerWorker(ProbedThread):
+class LearnerWorker(ProbedThread, RankCheckpoints):
     """Trains one model. Give it an algorithm (policy or critic of the online loop) or an objective (offline).
 
     Args:
@@ -100,7 +100,6 @@ class LearnerWorker(ProbedThread):
         self._normaliser: ScoreNormaliser | None = None
         self._exporter: WeightExporter
         self._runner: PackedRunner
-        self._engine: TrainEngine
         self._group: ProcessGroup
 
     def _choose_objective(self, objective: ObjectiveConfig | None, is_critic: bool) -> Objective:
@@ -371,26 +370,6 @@ class LearnerWorker(ProbedThread):
         """
         self._engine.reside(parts)
         self._runner.reside(parts)
-
-    def save(self, place: str) -> dict[str, FileEntry]:
-        """Writes this rank's files into a folder or below a URL and says what they are; not a collective."""
-        return self._engine.save(place)
-
-    def begin_save(self, place: str) -> None:
-        """Like ``save``, of a copy in host memory that is written while training goes on; ``saved`` says how far."""
-        self._engine.begin_save(place)
-
-    def saved(self, wait_s: float = 0.0) -> SaveStatus:
-        """What has come of ``begin_save``, after at most ``wait_s`` seconds; not a collective."""
-        return self._engine.saved(wait_s)
-
-    def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
-        """Checks what this rank will read of a checkpoint; says what is wrong, or nothing. Not a collective."""
-        return self._engine.verify(place, files)
-
-    def load(self, place: str) -> None:
-        """Restores what ``save`` wrote, on any number of ranks, after ``verify``."""
-        self._engine.load(place)
 
     def export(self, directory: Path) -> None:
         """Writes the model as plain transformers loads it (adapters merged), tokenizer included.

@@ -57,6 +57,10 @@ def gangs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     """One rank and, beside it, two; what takes time is how they start."""
     cases = {1: one_rank_cases, 2: two_rank_cases}
     meeting = tmp_path_factory.mktemp("meeting")
+
+    def scratch(num_ranks: int) -> Path:
+        return tmp_path_factory.mktemp(f"ranks{num_ranks}")
+
     with ThreadPoolExecutor(len(cases)) as pool:
         yield {
             num_ranks: pool.submit(
@@ -150,7 +154,7 @@ def test_what_one_number_of_ranks_saved_another_goes_on_with(ranks: list[dict[st
         result = rank["exchanged"][case]
         assert result["same names"] and result["same state"] and result["means"] > 0
         assert result["same weights"]
-        tolerance = 2e-2 if "bf16" in case else 1e-5
+        tolerance = 2e-2 if "bf16" in case else 1e-4
         assert result["losses"] == pytest.approx(result["expected"], rel=tolerance)
         assert result["losses"][-1] < result["losses"][0]
         assert result["different random states"]

@@ -200,7 +200,7 @@ def _stages() -> list[dict[str, Any]]:
 def _flip_a_byte_of_the_newest(folder: Path) -> int:
     """Damages the weights of the newest checkpoint and returns its step."""
     newest = max(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    weights = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+    weights = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(bytes(data))

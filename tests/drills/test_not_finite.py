@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.drills.faulty_run import FAULTY_UPDATES
 from tests.drills.times import step_after
@@ -73,23 +73,15 @@ def test_ranks_skip_together_and_three_skips_in_a_row_end_the_run(
     assert len(counts) == STEPS * PROMPTS and set(counts.values()) == {SAMPLES}
 
 
-def _state(run: Path, step: int) -> dict[str, Any]:
-    """What each file of a checkpoint's engine holds: weights, and the optimizer state of both ranks."""
-    folder = run / "checkpoints" / "rl" / f"step_{step}" / "learner" / "engine"
-    files = sorted(folder.glob("*.pt"))
-    assert len(files) >= 3, "weights, and one optimizer shard a rank"
-    return {file.name: _tensors(torch.load(file, map_location="cpu", weights_only=False)) for file in files}
+def _state(run: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What each rank has saved: its fp32 weights and the optimizer's two means; random states are left out."""
+    files = sorted((run / "checkpoints" / "rl" / f"step_{step}" / "learner").glob("*.safetensors"))
+    assert len(files) == 2, "one a rank"
+    found = {file.name: load_file(file) for file in files}
+    return {file: {name: tensor for name, tensor in tensors.items() if "/" in name} for file, tensors in found.items()}
 
 
-def _tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every floating-point tensor inside nested dicts and lists, by its place; counters of steps are left out."""
-    if isinstance(value, torch.Tensor):
-        return {name: value} if value.is_floating_point() and value.numel() > 1 else {}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {key: tensor for inner, found in items for key, tensor in _tensors(found, f"{name}/{inner}").items()}
-
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _equal(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
     assert one.keys() == other.keys() and all(one[file] for file in one)
     return all(
         one[file].keys() == other[file].keys()

@@ -1,7 +1,8 @@
 """A synchronous fp32 run repeats bit for bit, also when its driver or its learner is killed or stopped in between.
 
 Two runs of one recipe go on side by side. Where one is disturbed the other has not been yet: what the second one does
-before its signal is what an undisturbed run does, and the first one is killed twice before that.
+before its signal is what an undisturbed run does, and the first one is killed twice before that. The first one writes
+its checkpoints in the background, the second one at once.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf.runs import checkpoint
 from tests.e2e import recipes
 
 STEPS, CHECKPOINT_EVERY = 20, 5
 DRIVER_KILLED, LEARNER_KILLED, STOPPED = 6, 11, 14
 
 
-def write_recipe(folder: Path, model: Path) -> Path:
+def write_recipe(folder: Path, model: Path, *, in_background: bool) -> Path:
     """The recipe of both runs; one thread a role, so that each run has a core of its own where there are two."""
     folder.mkdir()
     recipes.write_data(folder)
@@ -42,7 +44,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
             },
         }
     ]
-    recipe = recipes.base(folder, model, stages)
+    recipe = recipes.base(folder, model, stages) | {"checkpoints": {"in_background": in_background}}
     for role in recipe["roles"].values():
         role["resources"]["threads"] = 1
     return recipes.write_recipe(folder, recipe)
@@ -50,6 +52,11 @@ def write_recipe(folder: Path, model: Path) -> Path:
 
 def steps_done(recipe: Path) -> int:
     return len(recipes.metrics(recipe.parent / "run"))
+
+
+def has_saved(recipe: Path, step: int) -> bool:
+    """Whether a checkpoint of that step or a later one exists; written in the background it comes a little later."""
+    return any(found >= step for found in checkpoint.steps(recipe.parent / "run" / "checkpoints" / "rl"))
 
 
 def kill_learner_of(driver: int) -> None:
@@ -71,12 +78,16 @@ def killed_twice(recipe: Path) -> None:
     """Its driver is killed, then the learner of the run that goes on; that one is done in the end."""
     run = recipe.parent / "run"
     with recipes.running(recipe) as driver:
-        code = recipes.kill_when(driver, lambda: steps_done(recipe) >= DRIVER_KILLED, sign=signal.SIGKILL)
+        saved = CHECKPOINT_EVERY
+        code = recipes.kill_when(
+            driver, lambda: steps_done(recipe) >= DRIVER_KILLED and has_saved(recipe, saved), sign=signal.SIGKILL
+        )
         assert code == -signal.SIGKILL
     assert not (run / "stages" / "rl.json").exists()
     with recipes.running(recipe) as driver:
         recipes.wait_for(driver, lambda: recipes.has_event(run, "stage_resumed"))
-        recipes.wait_for(driver, lambda: steps_done(recipe) >= LEARNER_KILLED)
+        saved = 2 * CHECKPOINT_EVERY
+        recipes.wait_for(driver, lambda: steps_done(recipe) >= LEARNER_KILLED and has_saved(recipe, saved))
         kill_learner_of(driver.pid)
         assert driver.wait(900) == 0, recipes.log_of(recipe)
 
@@ -94,7 +105,8 @@ def stopped(recipe: Path) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(1500)
 def test_killed_and_stopped_runs_have_the_same_bits(tmp_path: Path, tiny_model_dir: Path) -> None:
-    first, second = (write_recipe(tmp_path / name, tiny_model_dir) for name in ("killed", "stopped"))
+    first = write_recipe(tmp_path / "killed", tiny_model_dir, in_background=True)
+    second = write_recipe(tmp_path / "stopped", tiny_model_dir, in_background=False)
     with ThreadPoolExecutor(2) as pool:
         lives = [pool.submit(killed_twice, first)]
         while not recipes.has_event(first.parent / "run", "stage_started") and not lives[0].done():
