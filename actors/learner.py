@@ -1,9 +1,8 @@
 """One rank of a learner: any objective, online or offline, on packed rows, under DeepSpeed.
 
-Every method but ``rendezvous``, ``join``, ``stop`` and those of ``RankCheckpoints`` is collective: all ranks of the gang
-call it together. A step is
-split into micro-batches whose number is the same on every rank; losses carry global denominators, so the split does
-not change what is learned.
+Every method but ``rendezvous``, ``join``, ``stop`` and those of ``RankCheckpoints`` is collective: all ranks of the
+gang call it together. A step is split into micro-batches whose number is the same on every rank; losses carry global
+denominators, so the split does not change what is learned.
 """
 
 from __future__ import annotations
