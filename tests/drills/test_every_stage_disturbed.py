@@ -138,6 +138,7 @@ def test_signals_in_every_stage_change_nothing(
     """
     recipes.write_data(tmp_path)
     recipe = recipes.base(tmp_path, tiny_model_dir, _stages())
+    recipe["checkpoints"] = {"in_background": True}
     recipe["roles"]["judge"]["endpoint"] = {"base_url": service.url, "model": "m", "api_key_variable": None}
     drill = Disturbed(recipes.write_recipe(tmp_path, recipe), tmp_path / "run")
     assert recipes.run(drill.recipe) == 0, recipes.log_of(drill.recipe)

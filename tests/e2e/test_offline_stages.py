@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf.runs import checkpoint
 from tests.e2e import recipes
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -49,7 +50,7 @@ def test_records_and_ratings_train_one_policy_after_another(tmp_path: Path, tiny
     """Chats with an adapter, then instruction records and DPO with every weight.
 
     Passes if each stage starts from what the one before left, its loss falls to less than half, and what leaves is a
-    plain model, with the adapter beside it where there is one.
+    plain model, with the adapter beside it where there is one. Checkpoints go to a URL in the background.
     """
     recipes.write_data(tmp_path)
     write_records(tmp_path)
@@ -69,7 +70,9 @@ def test_records_and_ratings_train_one_policy_after_another(tmp_path: Path, tiny
         {"kind": "feedback", "source": "file", "data": {"path": "ratings.csv"}},
         {"kind": "preference", "learner": recipes.learner(), "loop": loop},
     ]
-    recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, stages))
+    store = f"file://{tmp_path}/store"
+    settings = {"checkpoints": {"target": store, "in_background": True}}
+    recipe = recipes.write_recipe(tmp_path, recipes.base(tmp_path, tiny_model_dir, stages) | settings)
     assert recipes.run(recipe) == 0, recipes.log_of(recipe)
     run = tmp_path / "run"
 
@@ -77,6 +80,9 @@ def test_records_and_ratings_train_one_policy_after_another(tmp_path: Path, tiny
         losses = [line[loss] for line in recipes.metrics(run, stage)]
         print(f"{loss} of {stage} by step:", " ".join(f"{value:.3f}" for value in losses))
         assert losses[-1] < 0.5 * losses[0], stage
+        saved = checkpoint.load_latest(f"{store}/{stage}")
+        assert saved is not None and saved.step == len(losses), "the stage's end waits for its last checkpoint"
+        assert not (run / "checkpoints" / stage / "LATEST").exists()
     assert recipes.table(run, "rankings")[0]["ranks"] == [1, 2, 3]
 
     left = {stage: run / stage / "policy" for stage in ("chats", "instructions", "preference")}

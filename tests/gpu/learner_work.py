@@ -45,3 +45,25 @@ def updates(info: RankInfo, model: Path, fields: dict[str, Any]) -> dict[str, An
 def all_updates(info: RankInfo, model: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One process for every case, as importing the libraries takes longer than all of them together."""
     return {name: updates(info, model, fields) for name, fields in cases.items()}
+
+
+def copies(info: RankInfo, model: Path, scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per case: a state copied from the device and written while training goes on, against one written at once."""
+    results: dict[str, Any] = {}
+    groups = make_groups(8, 2)
+    for name, fields in cases.items():
+        config = learner_config(model, optim=OPTIM, **fields)
+        worker = LearnerWorker(config, LocalStore(), info, objective=SupervisedConfig(), total_steps=10)
+        worker.start()
+        worker.train_step(groups)
+        at_once = worker.save(str(scratch / name / "at_once"))
+        place = str(scratch / name / "copied")
+        worker.begin_save(place)
+        straight = [worker.train_step(groups)["nll"] for _ in range(2)]
+        copied = worker.saved(60.0).files or {}
+        fault = worker.verify(place, copied)
+        worker.load(place)
+        again = [worker.train_step(groups)["nll"] for _ in range(2)]
+        worker.stop()
+        results[name] = {"at once": at_once, "copied": copied, "fault": fault, "straight": straight, "again": again}
+    return results

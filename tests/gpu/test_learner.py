@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.actors.engine_ranks import run_ranks
-from tests.gpu.learner_work import all_updates
+from tests.gpu.learner_work import all_updates, copies
 from tests.tiny import build_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -59,3 +59,12 @@ def test_making_room_frees_the_device_and_changes_nothing(case: str, on_gpu) -> 
     assert all(np.array_equal(value, paused["weights"][name]) for name, value in straight["weights"].items())
     for tensors, before, after in paused["free"]:
         assert before - after >= 0.95 * tensors, "the libraries' own workspaces stay, all else is free"
+
+
+def test_a_copy_from_the_device_is_what_was_copied(model: Path, tmp_path: Path) -> None:
+    cases = {name: CASES[name] for name in ("bf16", "zero2", "zero3")}
+    [found] = run_ranks(1, copies, model, tmp_path, cases, device="cuda")
+    for name, result in found.items():
+        assert result["copied"] == result["at once"], name
+        assert result["fault"] == "", name
+        assert result["again"] == pytest.approx(result["straight"], rel=1e-3), name
