@@ -16,7 +16,7 @@ from actors.offline import OfflineJob, _Session, load_groups, read_results, rewa
 from actors.settings import LearnerConfig
 from rlhf.data.groups import write_groups
 from rlhf.data.supervised import SupervisedDataConfig
-from rlhf.errors import DataError
+from rlhf.errors import CheckpointError, DataError
 from rlhf.loops.offline import OfflineConfig
 from rlhf.maths.packing import pack
 from rlhf.models.settings import ModelConfig
@@ -24,6 +24,7 @@ from rlhf.objectives.base import ModelOutputs, TokenSignals
 from rlhf.objectives.config import PreferenceConfig
 from rlhf.objectives.preference import PreferenceObjective
 from rlhf.runs import checkpoint
+from rlhf.runs.places import FileEntry, not_saved, write_file
 from rlhf.types import TrainGroup
 
 NAN = math.nan
@@ -42,10 +43,14 @@ class OneRank:
     def barrier(self) -> None:
         pass
 
-    def save(self, directory: Path) -> None:
-        (directory / "half").write_text("x")
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def save(self, place: str) -> dict[str, FileEntry]:
+        entry = write_file(place, "half", [b"x"])
         if self.fails_to_save:
-            raise OSError(28, "No space left on device")
+            raise not_saved(place, OSError(28, "No space left on device"))
+        return {"half": entry}
 
     def export(self, directory: Path) -> None:
         self.done.append("export")
@@ -189,7 +194,12 @@ def test_a_save_that_was_cut_short_leaves_nothing_behind(tmp_path: Path) -> None
     session = _Session(make_job(tmp_path, "reward"), worker, 0)
     folder = tmp_path / "checkpoints" / "reward"
     seen: list[list[str]] = []
-    worker.save = lambda directory: seen.append([path.name for path in folder.iterdir()])  # type: ignore[method-assign]
+
+    def looking(place: str) -> dict[str, FileEntry]:
+        seen.append([path.name for path in folder.iterdir()])
+        return {}
+
+    worker.save = looking  # type: ignore[method-assign]
     session.hooks().checkpoint(4)
     del worker.save
     [[unfinished]] = seen
@@ -198,6 +208,6 @@ def test_a_save_that_was_cut_short_leaves_nothing_behind(tmp_path: Path) -> None
     assert found is not None and found.step == 4
     assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step_4"]
     worker.fails_to_save = True
-    with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         session.hooks().checkpoint(5)
     assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step_4"]
