@@ -18,15 +18,18 @@ RESUMABLE_KEYS = (
     "roles.*.replicas",
     "roles.*.autoscale",
     "roles.*.autoscale.**",
+    "roles.*.ranks",
     "roles.*.resources.**",
+    "**.deepspeed.**",
+    "checkpoints.in_background",
     "recorder.**",
     "ray.**",
     "gate",
     "criteria.**",
 )
-"""Keys that may change when a run is resumed: how long, how often, where, how much may be missing, and how it is judged
-in the end. Nothing may change of a stage that is complete. ``*`` stands for any text inside one part of a dotted key,
-``**`` for any number of parts."""
+"""Keys that may change when a run is resumed: how long, how often, where and on how many ranks, how much may be
+missing, and how it is judged in the end. Nothing may change of a stage that is complete. ``*`` stands for any text
+inside one part of a dotted key, ``**`` for any number of parts."""
 
 
 def config_changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
