@@ -221,7 +221,7 @@ class Driver:
             cursor.restore(saved.state["cursor"])
             rewards.restore(saved.state["rewards"])
             async with self.gate.hold("learner"):
-                await self._gang.load(Path(saved.folder))
+                await self._gang.load(saved.folder)
         async with self.gate.hold("publish"):
             await publisher.publish(version + first_step)
         self.first_step = first_step
@@ -257,7 +257,7 @@ class Driver:
     async def _checkpoint(self, num_updates: int, state: Mapping[str, Any]) -> None:
         folder = f"step_{num_updates}.{self.world.number()}"
         async with self.gate.hold("learner"):
-            await self._gang.save(Path(folder))
+            await self._gang.save(folder)
         saved = Saved(num_updates, folder, json.loads(json.dumps(state)))
         self.check_saved(saved)
         self.checkpoints.append(saved)

@@ -15,6 +15,7 @@ from typing import Any
 
 from actors.store import fetch_all, fetch_payload
 from rlhf.errors import EngineError, PublicationError, RolloutsLostError
+from rlhf.runs.places import FileEntry
 from rlhf.types import GroupHandle, Prompt, Score
 from rlhf.weights import combine_digests
 from tests.actors.local_ray import LocalActor, LosingStore, Stored
@@ -335,13 +336,14 @@ class Rank(Worker):
             return None
         return self.world.store.put((index, self.weights)), digest_of(self.weights), 100
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, place: str) -> dict[str, FileEntry]:
         await self.reach("save", 2.0)
-        self.world.saved.setdefault(str(directory), {})[self._rank] = self.weights
+        self.world.saved.setdefault(place, {})[self._rank] = self.weights
+        return {f"rank_{self._rank}": FileEntry(len(self.weights), "")}
 
-    async def load(self, directory: Path) -> None:
+    async def load(self, place: str) -> None:
         await self.reach("load", 2.0)
-        self.weights = self.world.saved[str(directory)][self._rank]
+        self.weights = self.world.saved[place][self._rank]
 
     async def reside(self, parts: Sequence[str]) -> None:
         """All is in memory always."""

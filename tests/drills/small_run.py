@@ -15,6 +15,7 @@ from rlhf.errors import RlhfError
 from rlhf.runs import checkpoint
 from rlhf.runs.events import EventLog
 from rlhf.runs.metrics import MetricsLogger
+from rlhf.runs.places import FileEntry, write_file
 
 STAGE = "rl"
 KEPT = 3
@@ -45,7 +46,7 @@ def follow(folder: Path) -> int:
     if found is not None:
         assert found.state["step"] == first
         for rank in range(RANKS):
-            assert (found.path / f"rank_{rank}.bin").read_bytes() == weights(first)
+            assert Path(found.place, f"rank_{rank}.bin").read_bytes() == weights(first)
         events.record("stage_resumed", stage=STAGE, step=first)
     metrics = MetricsLogger(folder / "metrics.jsonl")
     metrics.resume(STAGE, first)
@@ -61,14 +62,14 @@ def follow(folder: Path) -> int:
         elif command == "log":
             metrics.log(STAGE, step, WIDE)
         else:
-            checkpoint.save(saved, step, lambda path, step=step: write(path, step), state={"step": step}, keep=KEPT)
+            checkpoint.save(saved, step, lambda place, step=step: write(place, step), state={"step": step}, keep=KEPT)
         print(f"done {command} {step}", flush=True)
     return 0
 
 
-def write(path: Path, step: int) -> None:
-    for rank in range(RANKS):
-        (path / f"rank_{rank}.bin").write_bytes(weights(step))
+def write(place: str, step: int) -> dict[str, FileEntry]:
+    names = [f"rank_{rank}.bin" for rank in range(RANKS)]
+    return {name: write_file(place, name, [weights(step)]) for name in names}
 
 
 def record(folder: Path, step: int) -> None:
