@@ -16,9 +16,9 @@ from typing import Any
 
 from actors.calls import await_ref, gather_all, kill
 from actors.dispatch import REPLACEABLE, Dispatch, Event
-from actors.replicas import ENDED, JOINING, PRESENT, FleetLimits, Replica, ReplicaState
+from actors.replicas import ENDED, JOINING, PRESENT, FleetLimits, Replica, ReplicaState, no_change
 from actors.restarts import RestartBudget
-from rlhf.errors import DeadlineError, LearnerError, PublicationError, ReplicaLostError, RlhfError, WorkerError
+from rlhf.errors import LearnerError, PublicationError, ReplicaLostError, RlhfError, WorkerError
 
 __all__ = ["REPLACEABLE", "Event", "Fleet", "FleetLimits", "Replica", "ReplicaState"]
 
@@ -337,12 +337,7 @@ class Fleet(Dispatch):
                 while not condition():
                     await self._changed.wait()
         except TimeoutError:
-            raise DeadlineError(
-                self.role,
-                found=f"replicas that are {dict(self.states)} after {limit_s:.0f} s",
-                needed=needed,
-                action="See events.jsonl and the workers' logs for the cause.",
-            ) from None
+            raise no_change(self.role, self.states, limit_s, needed) from None
 
     # Calls of all
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from rlhf.errors import DeadlineError
+
 
 class ReplicaState(StrEnum):
     """Where a replica stands. ``TRANSITIONS`` says what may follow.
@@ -106,3 +108,13 @@ class FleetLimits:
     call_timeout_s: float = 1800.0
     max_restarts: int = 3
     restart_window_s: float = 3600.0
+
+
+def no_change(role: str, states: Mapping[str, int], limit_s: float, needed: str) -> DeadlineError:
+    """The error of a wait for replicas to change that did not end in time."""
+    return DeadlineError(
+        role,
+        found=f"replicas that are {dict(states)} after {limit_s:.0f} s",
+        needed=needed,
+        action="See events.jsonl and the workers' logs for the cause.",
+    )
