@@ -271,7 +271,6 @@ class RunContext:
                 self._share(role, gang_mover(gang, self.timings))
             self._tending.gang(gang)
             yield gang
-            await self._tending.leave(role)  # a rank that leaves the process group answers nobody
             await gang.stop()
         finally:
             self._unshare(role)
