@@ -15,9 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.calls import await_ref, gather_all, stream
-from actors.replicas import FleetLimits, Replica
+from actors.replicas import FleetLimits, Replica, ReplicaState
 from actors.restarts import RestartBudget
-from rlhf.errors import DeadlineError, EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
+from rlhf.errors import (
+    DeadlineError,
+    EngineError,
+    JudgeError,
+    PublicationError,
+    ReplicaLostError,
+    RlhfError,
+    ScorerError,
+)
 
 Event = Callable[..., None]
 """Writes one line of the event log: ``event(kind, role=..., replica=..., ...)``."""
@@ -60,6 +68,15 @@ class Dispatch(ABC):
     def healthy(self) -> list[Replica]:
         """Replicas that take work, in index order."""
 
+    @property
+    @abstractmethod
+    def present(self) -> list[Replica]:
+        """Replicas that are not dead, leavers included, in index order: those that can be asked something."""
+
+    @abstractmethod
+    def _drop(self, replica: Replica, error: RlhfError) -> None:
+        """Ends a failed replica, which ``repair`` then replaces."""
+
     @abstractmethod
     async def replace(self, replica: Replica, error: RlhfError) -> Replica:
         """Ends a failed replica and returns the one that takes its work over."""
@@ -94,6 +111,39 @@ class Dispatch(ABC):
         task = asyncio.ensure_future(work)
         task.add_done_callback(finished)
         return task
+
+    async def broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
+
+        A leaver still takes part: its last work may wait for the other half of what is broadcast. A suspect does not,
+        and is welcomed as a newcomer is before it serves again. ``timeout_s``: instead of ``call_timeout_s``.
+
+        Raises:
+            PublicationError: No replica is left.
+            RlhfError: What was asked cannot be done by any replica; none is dropped for it.
+        """
+        for replica in self.present:
+            replica.missed_broadcast |= replica.state is ReplicaState.SUSPECT
+        working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
+        replicas = [replica for replica in self.present if replica.state in working]
+        calls = [self._submit(replica, method, *args, timeout_s=timeout_s) for replica in replicas]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        kept, impossible = [], None
+        for replica, result in zip(replicas, results, strict=True):
+            if isinstance(result, (*REPLACEABLE, PublicationError)):
+                self._drop(replica, result)
+            elif isinstance(result, BaseException):
+                impossible = impossible or result
+            else:
+                kept.append(result)
+        if impossible is not None:
+            raise impossible
+        if not self.healthy:
+            failures = "; ".join(str(r) for r in results if isinstance(r, RlhfError)) or "no healthy replica"
+            raise PublicationError(
+                f"{self.role}.{method}", found=failures, needed="at least one healthy replica", action="See the log."
+            )
+        return kept
 
     async def scatter(self, method: str, items: Sequence[Any], *args: Any, missing: Missing | None = None) -> list[Any]:
         """Maps a list-to-list method over items: contiguous shares to replicas in index order, results in item order.

@@ -67,6 +67,7 @@ class Fleet(Dispatch):
         self._scaling = asyncio.Lock()
         self._membership = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._leaving: asyncio.Future[Any] | None = None
         # The event loop's own threads are few, and newcomers that wait for room would keep them from everybody else.
         self._placing = ThreadPoolExecutor(_PLACING_THREADS, thread_name_prefix=f"place-{role}")
         self.welcome: Callable[[Any], Awaitable[None]] | None = None
@@ -111,7 +112,8 @@ class Fleet(Dispatch):
                     self._become(replica, ReplicaState.LEAVING)
                 newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
                 self._lost.clear()
-            await gather_all(self._leave(replica) for replica in leavers)
+            leaving = self._leaving = asyncio.gather(*map(self._leave, leavers))
+            await asyncio.shield(leaving)  # they leave to the end, whatever becomes of whoever asked
             try:
                 await gather_all(self._join(replica) for replica in newcomers)
             except RlhfError:
@@ -339,40 +341,7 @@ class Fleet(Dispatch):
         except TimeoutError:
             raise no_change(self.role, self.states, limit_s, needed) from None
 
-    # Calls of all
-
-    async def broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
-
-        A leaver still takes part: its last work may wait for the other half of what is broadcast. A suspect does not,
-        and is welcomed as a newcomer is before it serves again. ``timeout_s``: instead of ``call_timeout_s``.
-
-        Raises:
-            PublicationError: No replica is left.
-            RlhfError: What was asked cannot be done by any replica; none is dropped for it.
-        """
-        for replica in self._replicas:
-            replica.missed_broadcast |= replica.state is ReplicaState.SUSPECT
-        working = (ReplicaState.HEALTHY, ReplicaState.LEAVING)
-        replicas = [replica for replica in self._replicas if replica.state in working]
-        calls = [self._submit(replica, method, *args, timeout_s=timeout_s) for replica in replicas]
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        kept, impossible = [], None
-        for replica, result in zip(replicas, results, strict=True):
-            if isinstance(result, (*REPLACEABLE, PublicationError)):
-                self._drop(replica, result)
-            elif isinstance(result, BaseException):
-                impossible = impossible or result
-            else:
-                kept.append(result)
-        if impossible is not None:
-            raise impossible
-        if not self.healthy:
-            failures = "; ".join(str(r) for r in results if isinstance(r, RlhfError)) or "no healthy replica"
-            raise PublicationError(
-                f"{self.role}.{method}", found=failures, needed="at least one healthy replica", action="See the log."
-            )
-        return kept
+    # Weights
 
     async def change_weights(self, welcome: Callable[[Any], Awaitable[None]], method: str, *args: Any) -> None:
         """Broadcasts a call that loads other weights, and welcomes newcomers to them from then on.
