@@ -317,8 +317,7 @@ async def open_context(
     """Joins or starts the cluster, checks by arithmetic that the stages fit, and ends everything at the block's end.
 
     Raises:
-        ClusterError: There is no cluster; as below.
-        ConfigError: Not all nodes of the cluster share the run directory; as below.
+        ClusterError, ConfigError: No cluster, or one whose nodes do not share the run directory; as below.
         PlacementError: A stage does not fit; nothing was placed, and the directory of a new run is withdrawn.
     """
     clear_status(run.root)
