@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from actors.fleet import Fleet
 
-
-@dataclass
-class _Load:
-    """What callers of a fleet know of its work and the fleet itself does not."""
-
-    items: int = 0
-    version: int | None = None
-
-
-_loads: WeakKeyDictionary[Fleet, _Load] = WeakKeyDictionary()
+_versions: WeakKeyDictionary[Fleet, int] = WeakKeyDictionary()
+"""What those who bring weights to a fleet know, and the fleet itself does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +20,7 @@ class FleetStatus:
         role: Whose fleet.
         wanted: Replicas that were asked for last.
         replicas: Number of replicas by state.
-        items: Prompts or groups that were handed out and have not all come back.
+        items: Prompts or groups that were asked for and have not come back.
         calls: Calls in flight over all replicas.
         version: Weights that the fleet was last brought to; None for a role whose weights stay.
     """
@@ -42,34 +33,18 @@ class FleetStatus:
     version: int | None = None
 
 
-@contextlib.contextmanager
-def handed_out(fleet: Fleet, num_items: int) -> Iterator[None]:
-    """Counts items as in flight for the length of a block."""
-    load = _loads.setdefault(fleet, _Load())
-    load.items += num_items
-    try:
-        yield
-    finally:
-        load.items -= num_items
-
-
 def note_version(fleet: Fleet, version: int) -> None:
     """Says which weights a fleet serves from now on."""
-    _loads.setdefault(fleet, _Load()).version = version
+    _versions[fleet] = version
 
 
 def snapshot(fleet: Fleet) -> FleetStatus:
     """How a fleet stands now."""
-    load = _loads.get(fleet, _Load())
-    replicas = list(fleet._replicas)  # the fleet's own list, which this module alone may look at
-    states: dict[str, int] = {}
-    for replica in replicas:
-        states[replica.state.value] = states.get(replica.state.value, 0) + 1
     return FleetStatus(
         role=fleet.role,
-        wanted=fleet._wanted,
-        replicas=states,
-        items=load.items,
-        calls=sum(replica.in_flight for replica in replicas),
-        version=load.version,
+        wanted=fleet.wanted,
+        replicas=dict(fleet.states),
+        items=fleet.backlog,
+        calls=sum(replica.in_flight for replica in fleet.present),
+        version=_versions.get(fleet),
     )

@@ -10,7 +10,6 @@ from typing import Any
 from actors.calls import await_ref
 from actors.dispatch import Missing
 from actors.fleet import Fleet
-from actors.fleet_status import handed_out
 from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
 from rlhf.feedback.rankings import RankingConfig
 from rlhf.types import GroupHandle, Judgement, Prompt, Score
@@ -33,8 +32,7 @@ async def _metered(
 ) -> list[Any]:
     """Shares groups out over a fleet and meters their tokens; results in the groups' order."""
     began = time.monotonic()
-    with handed_out(fleet, len(groups)):
-        found = await fleet.scatter(method, list(groups), missing=missing)
+    found = await fleet.scatter(method, list(groups), missing=missing)
     meter(fleet.role, sum(group.num_tokens for group in groups), time.monotonic() - began)
     return found
 
@@ -61,7 +59,7 @@ class FleetGenerator:
     ) -> list[GroupHandle]:
         """See ``Generator.generate``."""
         began = time.monotonic()
-        with _failing_as(EngineError), handed_out(self._fleet, len(prompts)):
+        with _failing_as(EngineError):
             groups: list[GroupHandle] = await self._fleet.scatter_stream(
                 "stream", list(prompts), num_samples, version, exact, may_lack=True
             )
@@ -101,8 +99,7 @@ class FleetJudge:
     async def _judge(self, groups: Sequence[GroupHandle]) -> list[Judgement]:
         began = time.monotonic()
         asked = (self._constitution, self._shuffled)
-        with handed_out(self._fleet, len(groups)):
-            given: list[Judgement] = await self._fleet.scatter("judge", list(groups), *asked, missing=_no_judgement)
+        given: list[Judgement] = await self._fleet.scatter("judge", list(groups), *asked, missing=_no_judgement)
         if num_tokens := sum(judgement.num_tokens for judgement in given):
             self._meter(self._fleet.role, num_tokens, time.monotonic() - began)
         return given

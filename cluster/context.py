@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -35,7 +34,6 @@ from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
 from rlhf.runs.directory import RunDirectory
-from rlhf.runs.memory import RUN_MARK, MemorySampler, read_peak_memory, write_peak_memory
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.status import clear_status
 from rlhf.runs.timings import Timings
@@ -340,18 +338,16 @@ async def open_context(
             gate=build_gate(config),
             inputs=inputs,
         )
-        with MemorySampler(marker=os.environ[RUN_MARK], initial_gib=read_peak_memory(run)) as memory:
-            async with observed(context, memory):
-                watch = asyncio.create_task(context.watch_control())
-                try:
-                    yield context
-                finally:
-                    watch.cancel()
-                    [ended] = await asyncio.gather(watch, return_exceptions=True)
-                    if isinstance(ended, Exception):
-                        context.event("control_lost", error=repr(ended))
-                    await context.close()
-                    write_peak_memory(run, memory.stop())
+        async with observed(context):
+            watch = asyncio.create_task(context.watch_control())
+            try:
+                yield context
+            finally:
+                watch.cancel()
+                [ended] = await asyncio.gather(watch, return_exceptions=True)
+                if isinstance(ended, Exception):
+                    context.event("control_lost", error=repr(ended))
+                await context.close()
     finally:
         disconnect()
 

@@ -25,6 +25,7 @@ from cluster.telemetry import DRIVER_METRICS, ClusterView, cluster_view, forget_
 from rlhf.errors import RecordError, RlhfError
 from rlhf.runs.files import read_json_lines
 from rlhf.runs.follow import NewLines
+from rlhf.runs.memory import RUN_MARK, MemorySampler, read_peak_memory, write_peak_memory
 from rlhf.runs.names import validation_stage
 from rlhf.runs.progress import Steps
 from rlhf.runs.status import (
@@ -40,7 +41,6 @@ from rlhf.runs.status import (
 if TYPE_CHECKING:
     from actors.gang import LearnerGang
     from cluster.context import RunContext
-    from rlhf.runs.memory import MemorySampler
 
 ROUNDS_PER_VIEW = 5
 """The cluster is asked in one of so many rounds."""
@@ -313,19 +313,25 @@ class Observer:
 
 
 @contextlib.asynccontextmanager
-async def observed(context: RunContext, memory: MemorySampler) -> AsyncIterator[None]:
-    """Keeps a run's status and metrics up to date for the length of a block; Ray is connected."""
+async def observed(context: RunContext) -> AsyncIterator[None]:
+    """Keeps a run's status and metrics up to date for the length of a block, and its memory after it.
+
+    Ray is connected.
+    """
     os.environ[RUN_LABEL] = context.run.root.name  # of all workers that are placed from here on
-    observer = Observer(context, memory, Instruments(DRIVER_METRICS, context.run.root.name))
-    watching = asyncio.create_task(observer.run())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        [ended] = await asyncio.gather(watching, return_exceptions=True)
-        if isinstance(ended, Exception):  # of the display only; the run went on
-            context.event("status_lost", error=repr(ended))
-        await observer.close()
+    with MemorySampler(marker=os.environ[RUN_MARK], initial_gib=read_peak_memory(context.run)) as memory:
+        observer = Observer(context, memory, Instruments(DRIVER_METRICS, context.run.root.name))
+        watching = asyncio.create_task(observer.run())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            [ended] = await asyncio.gather(watching, return_exceptions=True)
+            if isinstance(ended, Exception):  # of the display only; the run went on
+                context.event("status_lost", error=repr(ended))
+            peak_gib = memory.stop()
+            await observer.close()
+            write_peak_memory(context.run, peak_gib)
 
 
 def _last_times(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.fleet import ReplicaState
+from actors.replicas import ReplicaState
 from actors.telemetry import ENGINE_METRICS, Instruments, Metric
 from rlhf.runs.files import write_json
 from rlhf.runs.status import RoleStatus, RunStatus, StepStatus

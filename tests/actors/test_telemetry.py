@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from actors.fleet import Fleet, Replica, ReplicaState
-from actors.fleet_status import handed_out, note_version, snapshot
-from actors.roles import FleetGenerator, FleetJudge, FleetScorer
+from actors.fleet import Fleet
+from actors.fleet_status import note_version, snapshot
+from actors.replicas import Replica, ReplicaState
 from actors.telemetry import ENGINE_METRICS, RUN_LABEL, Instruments, Metric
 from tests.recorded import Recorded
 
@@ -54,47 +50,13 @@ def test_a_snapshot_counts_replicas_by_state_and_their_calls() -> None:
         Replica(1, state=ReplicaState.HEALTHY),
         Replica(2, state=ReplicaState.STARTING),
     ]
+    fleet.backlog = 5
     note_version(fleet, 7)
     found = snapshot(fleet)
     assert (found.role, found.wanted, found.version) == ("generation", 3, 7)
     assert found.replicas == {"healthy": 2, "starting": 1}
-    assert (found.calls, found.items) == (2, 0)
+    assert (found.calls, found.items) == (2, 5)
     assert snapshot(make_fleet()).version is None, "notes of one fleet are none of another's"
-
-
-def test_items_are_in_flight_until_they_are_back_or_lost() -> None:
-    fleet = make_fleet()
-    with handed_out(fleet, 4):
-        with pytest.raises(ValueError), handed_out(fleet, 2):
-            assert snapshot(fleet).items == 6
-            raise ValueError
-        assert snapshot(fleet).items == 4
-    assert snapshot(fleet).items == 0
-
-
-@pytest.mark.parametrize("role", ["generator", "judge", "scorer"])
-def test_what_a_loop_asks_of_a_role_is_in_flight(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = make_fleet()
-    seen: list[int] = []
-
-    async def answer(self: Fleet, method: str, items: list[Any], *args: Any, **options: Any) -> list[Any]:
-        seen.append(snapshot(fleet).items)
-        return []
-
-    monkeypatch.setattr(Fleet, "scatter", answer)
-    monkeypatch.setattr(Fleet, "scatter_stream", answer)
-    items: list[Any] = [SimpleNamespace(num_tokens=1)] * 5
-
-    def meter(role: str, tokens: int, seconds: float) -> None: ...
-
-    calls = {
-        "generator": lambda: FleetGenerator(fleet, meter).generate(items, num_samples=2, version=0),
-        "judge": lambda: FleetJudge(fleet, "training", meter).judge(items),
-        "scorer": lambda: FleetScorer("rules", fleet, meter).score(items),
-    }
-    asyncio.run(calls[role]())
-    assert seen == [5]
-    assert snapshot(fleet).items == 0
 
 
 @pytest.mark.engine

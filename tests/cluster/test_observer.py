@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from actors.fleet import Fleet, Replica, ReplicaState
+from actors.fleet import Fleet
 from actors.fleet_status import note_version
+from actors.replicas import Replica, ReplicaState
 from actors.telemetry import Instruments
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext
