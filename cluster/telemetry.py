@@ -22,7 +22,7 @@ DRIVER_METRICS = (
     Metric("rlhf_steps", "counter", "Steps that were logged, those done again after a restart included", ("stage",)),
     Metric("rlhf_step_seconds", "gauge", "Seconds between the last two steps, with all that came between", ("stage",)),
     Metric("rlhf_phase_seconds", "counter", "Seconds in which a phase was at work; phases overlap", ("stage", "phase")),
-    Metric("rlhf_checkpoint_seconds", "gauge", "Seconds that the last checkpoint of a stage took", ("stage",)),
+    Metric("rlhf_checkpoint_seconds", "gauge", "Seconds that the last checkpoint held its stage up", ("stage",)),
     Metric("rlhf_replicas", "gauge", "Replicas, or ranks of a gang, by state", ("role", "state")),
     Metric("rlhf_replicas_wanted", "gauge", "Replicas or ranks that were asked for last", ("role",)),
     Metric("rlhf_items_in_flight", "gauge", "Prompts or groups handed out that have not all come back", ("role",)),
