@@ -100,6 +100,21 @@ def test_what_an_error_advises_to_change_may_change(key: str) -> None:
     assert matches_any(key, RESUMABLE_KEYS)
 
 
+@pytest.mark.parametrize(
+    ("key", "may"),
+    [
+        ("roles.learner.ranks", True),
+        ("stages.2.learner.deepspeed.zero_stage", True),
+        ("stages.2.critic.deepspeed.offload_optimizer", True),
+        ("checkpoints.in_background", True),
+        ("checkpoints.target", False),
+        ("stages.2.learner.optim.lr", False),
+    ],
+)
+def test_how_the_state_is_spread_and_written_may_change_and_where_it_is_may_not(key: str, may: bool) -> None:
+    assert matches_any(key, RESUMABLE_KEYS) is may
+
+
 @pytest.mark.parametrize("key", ["logging.level", "placement.learner"])
 def test_keys_that_no_recipe_has_are_not_listed_as_changeable(key: str) -> None:
     assert not matches_any(key, RESUMABLE_KEYS)
