@@ -52,7 +52,9 @@ class FrozenWorker(ProbedThread, ABC):
         self._aside = HostMemory(torch.device(self._device).type)
 
     def start(self) -> None:
-        """Loads the model and what belongs to it."""
+        """Loads the model and what belongs to it; a second call returns at once."""
+        if self._loaded is not None:
+            return
         cores = os.cpu_count() or 1
         if self._threads:
             torch.set_num_threads(self._threads)

@@ -161,6 +161,10 @@ class GenerationWorker(ProbedLoop):
         """Gives an open update up; the replica does not serve until another one succeeded."""
         await self._engine.weights.abort()
 
+    async def abandon(self) -> None:
+        """Gives up what a driver that is gone had asked for; nothing is served until an update has succeeded."""
+        await self._engine.abandon("its driver is gone, and nobody has given it the current weights since", serve=False)
+
     async def tensor_digests(self) -> Mapping[str, str]:
         """BLAKE2b of each tensor that the last update handed to the engine, by Hugging Face name."""
         return await self._engine.weights.tensor_digests()

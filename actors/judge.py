@@ -310,6 +310,10 @@ class JudgeWorker(JudgeBase):
         """Asks the engine too; see ``GenerationWorker.probe``."""
         return await self._engine.probe(self)
 
+    async def abandon(self) -> None:
+        """Gives up what a driver that is gone had asked for."""
+        await self._engine.abandon("its driver is gone", serve=True)
+
     async def reside(self, parts: Sequence[str]) -> None:
         """Keeps these parts (``weights``, ``kv_cache``) in GPU memory, where the engine section allows it to sleep."""
         await self._engine.reside(parts)

@@ -7,9 +7,11 @@ rollout outlives the replica that drew it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import functools
+import threading
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from actors.health import ProbedThread
 from actors.store import Store, evidence_of, fetch_all, fetch_payload
 from rlhf.data.groups import groups_from_feedback, write_groups
 from rlhf.data.preferences import PreferenceDataConfig, feedback_groups, load_people_feedback
+from rlhf.errors import DeadlineError
 from rlhf.evaluation.text import measure_texts
 from rlhf.feedback.rankings import RankingConfig, ranking_from_verdicts
 from rlhf.runs import names, tables
@@ -53,6 +56,30 @@ def people_group(prompt: Prompt, texts: Sequence[str], group: TrainGroup) -> Rol
     return RolloutGroup(prompt, tuple(Rollout(completion) for completion in completions))
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ABANDON_TIMEOUT_S = 100.0
+"""Longest wait for writes that are under way; they take seconds."""
+
+
+def _write(method: Callable[Concatenate[RecorderWorker, P], T]) -> Callable[Concatenate[RecorderWorker, P], T]:
+    """A method that writes: ``abandon`` waits for its end."""
+
+    @functools.wraps(method)
+    def counted(self: RecorderWorker, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._writes:
+            self._num_writing += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            with self._writes:
+                self._num_writing -= 1
+                self._writes.notify_all()
+
+    return counted
+
+
 class RecorderWorker(ProbedThread):
     """Writes and reads the tables of one run directory. Every file is there whole or not at all.
 
@@ -64,6 +91,25 @@ class RecorderWorker(ProbedThread):
     def __init__(self, run: Path, store: Store) -> None:
         self._run = Path(run)
         self._store = store
+        self._writes = threading.Condition()
+        self._num_writing = 0
+
+    def abandon(self) -> None:
+        """Returns when nothing is written any more that a driver which is gone had asked for.
+
+        What the next driver writes in its place comes after it then, and stays.
+
+        Raises:
+            DeadlineError: A write did not end.
+        """
+        with self._writes:
+            if not self._writes.wait_for(lambda: not self._num_writing, ABANDON_TIMEOUT_S):
+                raise DeadlineError(
+                    f"recorder of {self._run}",
+                    found=f"{self._num_writing} writes under way after {ABANDON_TIMEOUT_S:.0f} s",
+                    needed="their end",
+                    action="Look at the file system of the run directory.",
+                )
 
     def ping(self) -> bool:
         """Answers; a caller that waits for it knows that the recorder is up."""
@@ -77,6 +123,7 @@ class RecorderWorker(ProbedThread):
         """
         return [self._store.put(value)]
 
+    @_write
     def record(self, stage: str, step: int, groups: Sequence[GroupHandle]) -> int:
         """Writes the rollouts of one step of the online loop with their scores and verdicts; returns the rollouts.
 
@@ -84,6 +131,7 @@ class RecorderWorker(ProbedThread):
         """
         return self._write_scored(stage, names.step_part(step), groups, step)
 
+    @_write
     def record_validation(
         self, stage: str, num_updates: int, groups: Sequence[GroupHandle], subject_field: str, keywords_field: str
     ) -> dict[str, float]:
@@ -130,6 +178,7 @@ class RecorderWorker(ProbedThread):
         tables.write_part(self._run, "rankings", stage, part, tables.ranking_rows(rankings))
         return len(rankings)
 
+    @_write
     def record_chunk(
         self,
         stage: str,
@@ -158,6 +207,7 @@ class RecorderWorker(ProbedThread):
         trained = groups_from_feedback(self._groups(groups), rankings, scores)
         write_groups(self._path("groups", stage, part), trained)
 
+    @_write
     def import_people_feedback(self, stage: str, config: PreferenceDataConfig, model: Path, max_tokens: int) -> int:
         """Turns a file of people's pairs, ranked lists or ratings into what the feedback stage leaves.
 

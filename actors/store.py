@@ -62,6 +62,11 @@ class RayStore:
         self._owner = owner
         self._timeout_s = timeout_s
 
+    @property
+    def owner(self) -> Any:
+        """Handle of the actor that owns what is put; None for the calling process."""
+        return self._owner
+
     def put(self, value: Any) -> Handle:
         """Stores a value; with an owner, returns when the owner has it.
 

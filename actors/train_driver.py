@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from actors.offline import OfflineJob, train_rank
 from actors.training import Strategy, fit_ranks
 
@@ -22,6 +24,7 @@ class TrainDriver:
         strategy: Strategy,
         max_restarts: int,
         start_timeout_s: float,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """Trains; arguments and errors are those of ``fit_ranks``."""
         fit_ranks(
@@ -33,4 +36,5 @@ class TrainDriver:
             strategy=strategy,
             max_restarts=max_restarts,
             start_timeout_s=start_timeout_s,
+            labels=labels,
         )

@@ -51,6 +51,7 @@ def fit_ranks(
     strategy: Strategy,
     max_restarts: int,
     start_timeout_s: float,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
     """Runs ``train`` in every rank; returns when all have finished, or have stopped as they were asked to.
 
@@ -63,6 +64,7 @@ def fit_ranks(
         strategy: How the ranks are laid over nodes.
         max_restarts: Lost gangs that are started again without a newer checkpoint in between.
         start_timeout_s: Longest wait for room.
+        labels: What a node must be labelled with to take a rank; None takes any node.
 
     Raises:
         RlhfError: The ranks' own error, see ``failure_of``.
@@ -75,11 +77,12 @@ def fit_ranks(
         torch_config=TorchConfig(
             backend="nccl" if gpus else "gloo", timeout_s=math.ceil(job.learner.deepspeed.collective_timeout_s)
         ),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # checked against the one of Ray Train before 2
             num_workers=num_ranks,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
             placement_strategy=strategy,
+            label_selector=dict(labels or {}) or None,
         ),
         run_config=RunConfig(
             name=job.stage, storage_path=str(job.run_dir / "ray_train"), failure_config=FailureConfig(**once)

@@ -61,6 +61,9 @@ class RayConfig(StrictModel):
     """CPUs that a private cluster offers; unset: the machine's cores."""
     object_store_gib: float | None = Field(default=1.0, gt=0)
     """Shared memory that a private cluster keeps for objects, GiB."""
+    orphan_timeout_s: float = Field(default=600.0, ge=0)
+    """On a cluster that is joined: how long the run's actors outlive a driver that was lost, for another one to take
+    them over; then they are ended. 0: nothing outlives the driver. A private cluster always ends with it."""
 
 
 class RunConfig(StrictModel):
@@ -138,7 +141,8 @@ class RunConfig(StrictModel):
     def plan(self, role: str, count: int | None = None) -> RolePlan:
         """The bundles of a role; ``count`` takes the place of the configured number of actors."""
         if role in SMALL_ROLES:
-            own = RolePlan(role, 1, self.recorder.cpus, self.recorder.gpus, self.recorder.strategy)
+            small = self.recorder
+            own = RolePlan(role, 1, small.cpus, small.gpus, small.strategy, small.labels)
         else:
             own = self.roles.plan(role)
         return own if count is None else dataclasses.replace(own, count=count)

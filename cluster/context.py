@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -19,17 +18,19 @@ from actors.recorder import RecorderWorker
 from actors.roles import RemoteRecorder
 from actors.settings import LearnerConfig
 from actors.store import RayStore
+from cluster.adoption import Adoption, Welcome, adoptable
 from cluster.config import RunConfig, Stage
 from cluster.control import ScaleRequests, clear_requests, request_stop
+from cluster.joining import joined_cluster
+from cluster.lease import Lease
 from cluster.observer import Board, observed
-from cluster.placement import Placer, cluster_nodes, connect, disconnect, free_resources
-from cluster.planning import check_free, check_placement, stage_plans
+from cluster.placement import Placer, cluster_nodes
+from cluster.planning import stage_plans
 from cluster.roles import LearnerRole
 from cluster.sharing import PARTS, build_gate, fleet_mover, gang_mover, refuse_scale, sharing_roles
-from cluster.storage import check_shared
 from cluster.tending import Tending
 from cluster.topology import fits
-from rlhf.errors import ClusterError, ConfigError, PlacementError, RlhfError
+from rlhf.errors import RlhfError
 from rlhf.loops.shared_gate import Mover, SharedGate
 from rlhf.models.resolve import resolve_model
 from rlhf.protocols import PhaseGate
@@ -38,9 +39,6 @@ from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.status import clear_status
 from rlhf.runs.timings import Timings
 from rlhf.types import Prompt
-
-SETTLE_S = 20.0
-"""How long a cluster that is joined may take to get back what earlier runs held there."""
 
 
 class StopRequestedError(RlhfError):
@@ -88,6 +86,7 @@ class RunContext:
         serving: What the generation fleet holds; None while a learner publishes to it.
         reference: What the reference fleet holds.
         board: What ``rlhf status`` sees of the parts that the context does not own.
+        lease: On what the run holds of a joined cluster.
     """
 
     config: RunConfig
@@ -102,6 +101,7 @@ class RunContext:
     serving: Policy | None = None
     reference: Policy | None = None
     board: Board = field(default_factory=Board)
+    lease: Lease | None = None
     _fleets: dict[str, Fleet] = field(default_factory=dict)
     _placers: dict[str, Placer] = field(default_factory=dict)
     _recorder: RemoteRecorder | None = None
@@ -109,8 +109,10 @@ class RunContext:
     """Held while a role is placed, so that none is placed twice."""
     _requests: ScaleRequests = field(init=False)
     _tending: Tending = field(init=False)
+    _adoption: Adoption = field(init=False)
 
     def __post_init__(self) -> None:
+        self._adoption = Adoption(self.lease, self.event)
         self._requests = ScaleRequests(self.run.root, self.event)
         self._tending = Tending(self.config, self.run, self.event)
 
@@ -124,9 +126,11 @@ class RunContext:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
         async with self._placing:
             if self._recorder is None:
-                placer = await Placer.reserved("recorder", self.config.recorder, 1, max_concurrency=4)
-                self._placers["recorder"] = placer
                 kwargs = {"run": self.run.root, "store": RayStore()}
+                made: dict[str, Any] = {"worker": RecorderWorker, "kwargs": kwargs, "replaced": ["run"]}  # files change
+                placer = await self._adoption.placer("recorder", self.config.recorder, 1, max_concurrency=4, **made)
+                self._placers["recorder"] = placer
+                await self._adoption.admit("recorder", placer)
                 self._recorder = RemoteRecorder(await asyncio.to_thread(placer.spawn, RecorderWorker, kwargs))
                 await self._recorder.call("ping")
                 self._tending.actor("recorder", self._recorder.handle)
@@ -177,15 +181,33 @@ class RunContext:
         """Whether the role's fleet runs."""
         return role in self._fleets
 
-    async def fleet(self, role: str, worker: type, kwargs: Mapping[str, Any]) -> Fleet:
-        """The fleet of a role, started on first use with as many replicas as the config or ``rlhf scale`` says."""
+    async def fleet(
+        self,
+        role: str,
+        worker: type,
+        kwargs: Mapping[str, Any],
+        *,
+        welcome: Welcome | None = None,
+        welcomed: Sequence[str] = (),
+    ) -> Fleet:
+        """The fleet of a role, started on first use with as many replicas as the config or ``rlhf scale`` says.
+
+        Args:
+            role: The role.
+            worker: Class of its actors.
+            kwargs: Their arguments.
+            welcome: Brings a replica of an earlier driver to what these arguments say.
+            welcomed: Arguments that ``welcome`` replaces.
+        """
         async with self._placing:
             if role in self._fleets:
                 return self._fleets[role]
             wanted = self._wanted(role)
             refuse_scale(self.config, role, wanted)
             resources = self.config.resources(role)
-            placer = self._placers[role] = await Placer.reserved(role, resources, wanted)
+            placer = self._placers[role] = await self._adoption.placer(
+                role, resources, wanted, worker=worker, kwargs=kwargs, replaced=welcomed
+            )
             limits = FleetLimits(
                 resources.start_timeout_s,
                 resources.call_timeout_s,
@@ -196,6 +218,7 @@ class RunContext:
             self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):
+                await self._adoption.admit(role, placer, welcome)
                 await fleet.scale(wanted)
             self._share(role, fleet_mover(fleet, self.timings))
         self._tending.fleet(fleet, worker)
@@ -219,6 +242,7 @@ class RunContext:
         Otherwise they stay, as a later stage may use them and an engine takes long to start.
         """
         needed = [plan.role for plan in stage_plans(self.config, stage)]
+        await self._adoption.end_unclaimed(adoptable(self.config, stage, needed))
         unused = [role for role in self._fleets if role not in needed]
         together = {role: self.config.plan(role, self._wanted(role)) for role in [*needed, *unused, "recorder"]}
         if not unused or fits(list(together.values()), await asyncio.to_thread(cluster_nodes)):
@@ -236,16 +260,25 @@ class RunContext:
             await fleet.stop()
             self._placers.pop(role).close()
 
-    def gang(self, role: str, kwargs: Mapping[str, Any]) -> AbstractAsyncContextManager[LearnerGang]:
-        """A learner gang for the length of a block; ``store`` and ``rank`` are added to every rank's arguments."""
-        return self._gang(role, kwargs)
+    def gang(
+        self, role: str, kwargs: Mapping[str, Any], *, loads: bool = False
+    ) -> AbstractAsyncContextManager[LearnerGang]:
+        """A learner gang for the length of a block; ``store`` and ``rank`` are added to every rank's arguments.
+
+        ``loads`` says that a checkpoint will be loaded into it before anything else: then it may be an earlier
+        driver's, whatever weights that one left in it.
+        """
+        return self._gang(role, kwargs, loads)
 
     @contextlib.asynccontextmanager
-    async def _gang(self, role: str, kwargs: Mapping[str, Any]) -> AsyncIterator[LearnerGang]:
+    async def _gang(self, role: str, kwargs: Mapping[str, Any], loads: bool) -> AsyncIterator[LearnerGang]:
         section: LearnerRole = getattr(self.config.roles, role)
         resources = section.resources
-        placer = await Placer.reserved(role, resources, section.ranks)
         common = dict(kwargs) | {"store": RayStore()}  # what a gang puts is of no use after it
+        placer = await self._adoption.placer(
+            role, resources, section.ranks, worker=LearnerWorker, kwargs=common, gang=True, fresh=not loads
+        )
+        is_kept = bool(placer.kept)
         meter, num_epochs = self.timings.add_tokens, kwargs["algorithm"].num_epochs
         gang = LearnerGang(role, [], timeout_s=resources.call_timeout_s, meter=meter, num_epochs=num_epochs)
         self.board.gangs[role] = gang
@@ -260,12 +293,15 @@ class RunContext:
                 variables = {"DS_ACCELERATOR": info.device}
                 kwargs_of_rank = common | {"rank": info}
                 gang.ranks.append(await asyncio.to_thread(placer.spawn, LearnerWorker, kwargs_of_rank, variables))
-            if section.ranks > 1:
+            if section.ranks > 1 and not is_kept:
                 address, port = (await gang.call("rendezvous"))[0]
                 await gang.call("join", lambda rank: (address, port))
             async with self.gate.hold(role):
                 with self.timings.phase(f"start/{role}"):
-                    await gang.start()
+                    if is_kept:
+                        self.event("gang_adopted", role=role, num_ranks=len(gang.ranks))
+                    else:
+                        await gang.start()
                 self._share(role, gang_mover(gang, self.timings))
             self._tending.gang(gang)
             yield gang
@@ -321,12 +357,7 @@ async def open_context(
     clear_status(run.root)
     if clear_requests(run.root):
         run.events.record("scaling_dropped", reason="asked of an earlier driver; this one starts what the recipe says")
-    try:
-        try:
-            await _join(config, stages)
-        except (ClusterError, ConfigError, PlacementError):
-            run.withdraw()  # what was refused can be mended and tried again in the same directory
-            raise
+    async with joined_cluster(config, stages, run) as lease:
         start = Policy(resolve_model(config.model), 0)
         context = RunContext(
             config=config,
@@ -337,6 +368,7 @@ async def open_context(
             metrics=MetricsLogger(run.metrics, tensorboard=run.tensorboard),
             gate=build_gate(config),
             inputs=inputs,
+            lease=lease,
         )
         async with observed(context):
             watch = asyncio.create_task(context.watch_control())
@@ -348,41 +380,6 @@ async def open_context(
                 if isinstance(ended, Exception):
                     context.event("control_lost", error=repr(ended))
                 await context.close()
-    finally:
-        disconnect()
-
-
-async def _join(config: RunConfig, stages: Sequence[Stage]) -> None:
-    """Connects, and returns once the cluster has room for every stage and all of it sees the run directory."""
-    object_store = config.ray.object_store_gib
-    connect(
-        config.ray.address,
-        num_cpus=config.ray.num_cpus,
-        object_store_bytes=None if object_store is None else int(object_store * 2**30),
-    )
-    check_placement(config, stages, cluster_nodes())
-    if config.ray.address is not None:
-        await wait_for_room(config, stages)
-        await asyncio.to_thread(check_shared, config.directory.resolve())
-
-
-async def wait_for_room(config: RunConfig, stages: Sequence[Stage], timeout_s: float = SETTLE_S) -> None:
-    """Returns once a cluster that others use too has enough left for every stage.
-
-    It does not queue behind them: the time is for what a run that has just ended gives back.
-
-    Raises:
-        PlacementError: It has not, after ``timeout_s``.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            check_free(config, stages, await asyncio.to_thread(free_resources))
-            return
-        except PlacementError:
-            if time.monotonic() >= deadline:
-                raise
-        await asyncio.sleep(min(1.0, timeout_s / 10))
 
 
 def latest_policy(config: RunConfig, run: RunDirectory, start: Policy) -> Policy:

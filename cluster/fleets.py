@@ -43,13 +43,14 @@ async def generation_fleet(context: RunContext, policy: Policy) -> Fleet:
         "version": policy.version,
     }
     load = (policy.path, policy.version, int(role.bucket_mib * 2**20))
-    fresh = not context.has_fleet("generation")
-    fleet = await context.fleet("generation", GenerationWorker, kwargs)
 
     async def welcome(handle: Any) -> None:
         timeout_s = role.resources.call_timeout_s
         await await_ref(handle.load_folder.remote(*load), timeout_s=timeout_s, where="generation.load_folder")
 
+    fresh = not context.has_fleet("generation")
+    replaced = ("model", "version")  # by the welcome, for replicas of an earlier driver: a run has one architecture
+    fleet = await context.fleet("generation", GenerationWorker, kwargs, welcome=welcome, welcomed=replaced)
     if context.serving != policy and not fresh:
         async with context.gate.hold("publish"):
             await fleet.change_weights(welcome, "load_folder", *load)
@@ -177,6 +178,7 @@ def learner_gang(context: RunContext, stage: OnlineStage) -> AbstractAsyncContex
             "temperature": context.config.sampling.temperature,
             "may_be_stale": stage.loop.max_staleness > 0,
         },
+        loads=_has_checkpoint(context, stage),
     )
 
 
@@ -194,4 +196,12 @@ def critic_gang(context: RunContext, stage: OnlineStage) -> AbstractAsyncContext
             "temperature": context.config.sampling.temperature,
             "is_critic": True,
         },
+        loads=_has_checkpoint(context, stage),
     )
+
+
+def _has_checkpoint(context: RunContext, stage: OnlineStage) -> bool:
+    """Whether the stage resumes, and its learners load what they were then."""
+    from rlhf.runs import checkpoint
+
+    return bool(checkpoint.steps(context.run.checkpoints(stage.name)))

@@ -97,4 +97,4 @@ class Roles(StrictModel):
             check_gpus(role, section.engine.tensor_parallel_size, section.resources.gpus)
         count = section.ranks if isinstance(section, LearnerRole) else section.replicas
         resources = section.resources
-        return RolePlan(role, count, resources.cpus, resources.gpus, resources.strategy)
+        return RolePlan(role, count, resources.cpus, resources.gpus, resources.strategy, resources.labels)

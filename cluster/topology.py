@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field, field_validator
 
+from cluster.labels import check_selector, matches, told
 from rlhf.config import StrictModel
 from rlhf.errors import PlacementError
 
@@ -28,6 +29,9 @@ class Resources(StrictModel):
     """Compute threads of one actor on a CPU; unset: every core of its node."""
     strategy: Strategy = "PACK"
     """Ray's placement strategy for the role's bundles."""
+    labels: dict[str, str] = {}
+    """Labels that a node must have to take the role's actors, for example ``ray.io/market-type: spot``. Beside a value:
+    ``!value``, ``in(a, b)``, ``!in(a, b)``. Nodes get them from ``ray start --labels`` or from KubeRay."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for placement and for a start, model loading included."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
@@ -47,6 +51,12 @@ class Resources(StrictModel):
     """Longest time in which the work of an actor that answers makes no progress: no token, batch or verdict. Then
     everybody's stacks are written to ``RUN/stacks`` and the actor is ended and replaced."""
 
+    @field_validator("labels")
+    @classmethod
+    def _is_selector(cls, labels: dict[str, str]) -> dict[str, str]:
+        check_selector(labels)
+        return labels
+
     @field_validator("gpus")
     @classmethod
     def _whole_or_fraction(cls, gpus: float) -> float:
@@ -57,22 +67,24 @@ class Resources(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """``count`` actors of ``role``, each taking ``cpus`` and ``gpus`` of one node."""
+    """``count`` actors of ``role``, each taking ``cpus`` and ``gpus`` of one node that has ``labels``."""
 
     role: str
     count: int
     cpus: float
     gpus: float
     strategy: Strategy
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCapacity:
-    """CPUs and GPUs that one node, or a whole cluster, offers."""
+    """CPUs and GPUs that one node, or a whole cluster, offers; a node has labels, too."""
 
     name: str
     cpus: float
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def assign(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> dict[str, list[str]]:
@@ -85,13 +97,17 @@ def assign(plans: Sequence[RolePlan], nodes: Sequence[NodeCapacity]) -> dict[str
         PlacementError: Something does not fit; says which role, what it needs and the largest node that is left.
     """
     free = {node.name: [node.cpus, node.gpus] for node in nodes}
+    labels = {node.name: node.labels for node in nodes}
     placed: dict[str, list[str]] = {}
     for plan in sorted(plans, key=lambda p: (-p.gpus * _together(p), -p.cpus * _together(p), p.role)):
         used = placed.setdefault(plan.role, [])
+        allowed = {name: left for name, left in free.items() if matches(plan.labels, labels[name])}
+        if plan.count and nodes and not allowed:
+            raise _no_such_node(plan, nodes)
         for _ in range(plan.count):
-            fits = _fitting(plan, used, free)
+            fits = _fitting(plan, used, allowed)
             if not fits:
-                raise _shortfall(plan, len(used), free)
+                raise _shortfall(plan, len(used), allowed)
             spread = plan.strategy in ("SPREAD", "STRICT_SPREAD")
             chosen = min(fits, key=lambda n: (used.count(n) if spread else 0, free[n][1], free[n][0], n))
             free[chosen][0] -= plan.cpus
@@ -123,6 +139,24 @@ def _fitting(plan: RolePlan, used: Sequence[str], free: Mapping[str, Sequence[fl
     return [name for name in fits if plan.strategy != "STRICT_SPREAD" or name not in used]
 
 
+def _no_such_node(plan: RolePlan, nodes: Sequence[NodeCapacity]) -> PlacementError:
+    """The first label for which no node has a value that will do, or all of them where no node has them together."""
+    alone = [{key: condition} for key, condition in plan.labels.items()]
+    lacking = next((one for one in alone if not any(matches(one, node.labels) for node in nodes)), plan.labels)
+    values = {key: sorted({node.labels[key] for node in nodes if key in node.labels}) for key in lacking}
+    there = ", ".join(f"{key}: {' '.join(found) if found else 'none'}" for key, found in values.items())
+    return PlacementError(
+        f"role {plan.role}",
+        found=f"no node labelled {told(lacking)} among {len(nodes)} (values there: {there})",
+        needed=f"nodes labelled {told(plan.labels)}",
+        action=f"Label nodes (`ray start --labels`, KubeRay's worker groups), or change {_section(plan)}.labels.",
+    )
+
+
+def _section(plan: RolePlan) -> str:
+    return "recorder" if plan.role in SMALL_ROLES else f"roles.{plan.role}.resources"
+
+
 def _shortfall(plan: RolePlan, placed: int, free: Mapping[str, Sequence[float]]) -> PlacementError:
     num = _together(plan)
     cpus, gpus = max(free.values(), key=lambda left: (left[1], left[0]) if plan.gpus else left[0], default=(0.0, 0.0))
@@ -130,12 +164,11 @@ def _shortfall(plan: RolePlan, placed: int, free: Mapping[str, Sequence[float]])
     most = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if plan.gpus else "")
     needed += " on one node for " + (f"all {plan.count} actors" if num > 1 else "each actor")
     needed += " on a node of its own" if plan.strategy == "STRICT_SPREAD" else ""
-    section = "recorder" if plan.role in SMALL_ROLES else f"roles.{plan.role}"
-    resources = section if plan.role in SMALL_ROLES else f"{section}.resources"
-    action = f"Lower what one actor takes ({resources}.cpus, .gpus)"
+    needed += f" labelled {told(plan.labels)}" if plan.labels else ""
+    action = f"Lower what one actor takes ({_section(plan)}.cpus, .gpus)"
     if placed:
         option = "ranks" if plan.role in ("learner", "critic") else "replicas"
-        action = f"Set {section}.{option}={placed}"
+        action = f"Set {_section(plan).removesuffix('.resources')}.{option}={placed}"
     return PlacementError(
         f"role {plan.role}",
         found=f"room for {placed} of {plan.count} actors; the largest free node has {most}",

@@ -174,6 +174,24 @@ class VllmEngine:
         await self._link.call(llm.is_sleeping(), "probe")
         return dataclasses.replace(worker.health(), unfinished_tokens=unfinished, version=self.version)
 
+    async def abandon(self, why: str, *, serve: bool) -> None:
+        """Gives up everything that is under way or waits: an open update, requests, and who stands in line with some.
+
+        For an engine whose driver is gone, before another one uses it.
+
+        Args:
+            why: For errors.
+            serve: Whether the weights may be served on; an update that was open leaves none to serve.
+        """
+        link = self._link
+        link.num_abandoned += 1
+        await self.weights.abort(why)
+        async with link.admission:
+            if not serve:
+                link.refuse(why)
+            await link.call(link.alive().pause_generation(mode="abort", clear_cache=True), "abort")
+            await link.call(link.alive().resume_generation(), "resume")
+
     # -- drawing ------------------------------------------------------------------------------------------------
 
     async def sample(
@@ -252,10 +270,13 @@ class VllmEngine:
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._config.generate_timeout_s
         admitted: dict[str, RequestOutputCollector] = {}
+        num_abandoned = self._link.num_abandoned
         try:
             while True:
                 await self._link.call(self._link.settled.wait(), "generate", ends - loop.time())
                 async with self._link.admission:
+                    if self._link.num_abandoned != num_abandoned:
+                        raise self._link.failed("that the driver who asked for this is gone")
                     if self._link.settled.is_set():
                         self._link.check_serving(version, exact=exact)
                         await self._admit(requests, parameters, admitted)

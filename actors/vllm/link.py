@@ -28,6 +28,7 @@ class EngineLink:
         settled: Clear while a weight update is under way.
         admission: Held while requests are submitted, and while an update begins.
         asleep: Parts whose GPU memory was given back.
+        num_abandoned: Times that all work was given up; who waited over one of them is not admitted any more.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,6 +39,7 @@ class EngineLink:
         self.settled.set()
         self.admission = asyncio.Lock()
         self.asleep: frozenset[str] = frozenset()
+        self.num_abandoned = 0
         self._why_not = "it has not been started"
 
     @property

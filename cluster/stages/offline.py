@@ -197,6 +197,7 @@ async def _fit(context: RunContext, job: OfflineJob) -> None:
             cpus=role.resources.cpus,
             gpus=role.resources.gpus,
             strategy=role.resources.strategy,
+            labels=role.resources.labels,
             max_restarts=role.resources.max_restarts,
             start_timeout_s=role.resources.start_timeout_s,
         )

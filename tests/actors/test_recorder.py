@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,33 @@ def test_a_fault_in_peoples_file_names_its_line(recorder: RecorderWorker, tmp_pa
     with pytest.raises(DataError, match="people.jsonl:2"):
         recorder.import_people_feedback("ask", PreferenceDataConfig(path=str(path)), tiny_model_dir, 256)
     assert recorder.parts("rankings", "ask") == []
+
+
+def test_a_write_that_a_lost_driver_had_asked_for_comes_before_the_next_ones(
+    recorder: RecorderWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        assert may_end.wait(30)
+        order.append("written")
+
+    def abandon() -> None:
+        recorder.abandon()
+        order.append("abandoned")
+
+    monkeypatch.setattr(tables, "write_part", slow)
+    writing = threading.Thread(target=recorder.record, args=("rl", 1, [make_handle(make_group(0))]))
+    writing.start()
+    assert begun.wait(30)
+    waiting = threading.Thread(target=abandon)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    may_end.set()
+    for thread in (writing, waiting):
+        thread.join(30)
+    assert order == ["written", "abandoned"]
+    recorder.abandon()  # with nothing under way it returns at once

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.settings import LearnerConfig
 from cluster import context as module
-from cluster import placement
+from cluster import joining, placement
 from cluster.config import RunConfig
 from cluster.context import Policy, RunContext, TimedGate
 from cluster.sharing import build_gate
@@ -36,6 +37,7 @@ class PlacedRole:
     def __init__(self, role: str) -> None:
         self.role = role
         self.closed = False
+        self.kept: list[Any] = []
 
     def spawn(self, worker: type, kwargs: Any, env: Any = None) -> Any:
         raise AssertionError("nothing is spawned in these tests")
@@ -226,13 +228,15 @@ def test_a_cluster_that_others_use_is_refused_once_its_free_part_stays_too_small
         return asked[-1]
 
     monkeypatch.setattr(placement.ray, "available_resources", available)
-    asyncio.run(module.wait_for_room(context.config, context.config.stages, timeout_s=30.0))
+    asyncio.run(joining.wait_for_room(context.config, context.config.stages, timeout_s=30.0))
     assert len(asked) == 3, "what an earlier run held comes back"
     with pytest.raises(PlacementError) as caught:
-        asyncio.run(module.wait_for_room(context.config, context.config.stages, timeout_s=0.1))
+        asyncio.run(joining.wait_for_room(context.config, context.config.stages, timeout_s=0.1))
     assert caught.value.exit_code == 3
     assert "stage reward: found 2.4 CPUs and 0 GPUs free in the whole cluster" in str(caught.value)
     assert "needed 2.5 CPUs and 0 GPUs" in str(caught.value)
+    lease: Any = SimpleNamespace(held=lambda: NodeCapacity("this run", 0.1, 0.0))
+    asyncio.run(joining.wait_for_room(context.config, context.config.stages, timeout_s=0.1, lease=lease))
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -244,9 +248,9 @@ def test_what_a_cluster_refuses_leaves_no_new_run_directory(
         if not answers:
             raise ClusterError("ray.address auto", found="nothing", needed="a cluster", action="Start one.")
 
-    monkeypatch.setattr(module, "connect", join)
-    monkeypatch.setattr(module, "disconnect", lambda: None)
-    monkeypatch.setattr(module, "cluster_nodes", lambda: [NodeCapacity("a", 1.0, 0.0)])
+    monkeypatch.setattr(joining, "connect", join)
+    monkeypatch.setattr(joining, "disconnect", lambda: None)
+    monkeypatch.setattr(joining, "cluster_nodes", lambda: [NodeCapacity("a", 1.0, 0.0)])
     config = open_run(tmp_path).config
     if resumed:
         RunDirectory.open(tmp_path / "run", config).close()

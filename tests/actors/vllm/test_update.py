@@ -245,5 +245,32 @@ def test_an_aborted_update_fails_what_was_in_flight(generation: RunningWorker):
     assert generation.run(abort()) == 0
 
 
+@pytest.mark.parametrize("is_updating", [False, True])
+def test_what_a_lost_driver_asked_for_is_given_up_and_stale_weights_are_not_served(
+    generation: RunningWorker, is_updating: bool
+):
+    async def lose_the_driver():
+        drawing = asyncio.create_task(_draw_long(generation))
+        await _until_drawing(generation)
+        left = [drawing]
+        if is_updating:
+            await generation.worker.begin_update(99)
+            left.append(asyncio.create_task(_draw_long(generation)))  # stands in line for the update's end
+            await asyncio.sleep(0)
+        await generation.worker.abandon()
+        for call in left:
+            with pytest.raises(EngineError, match="abort|is gone"):
+                await call
+        return generation.engine.num_in_flight
+
+    assert generation.run(lose_the_driver()) == 0
+    with pytest.raises(EngineError, match="its driver is gone"):
+        generation.generate(version=0)
+    generation.reset()
+    whole = texts_and_bits(generation.generate())
+    generation.run(generation.engine.abandon("its driver is gone", serve=True))
+    assert texts_and_bits(generation.generate()) == whole, "whose weights never change may serve on"
+
+
 def test_defaults_are_usable():
     assert EngineConfig().kv_cache_gib == 1.0
