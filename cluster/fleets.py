@@ -204,4 +204,4 @@ def _has_checkpoint(context: RunContext, stage: OnlineStage) -> bool:
     """Whether the stage resumes, and its learners load what they were then."""
     from rlhf.runs import checkpoint
 
-    return bool(checkpoint.steps(context.run.checkpoints(stage.name)))
+    return bool(checkpoint.steps(context.config.checkpoints.storage(context.run, stage.name)))
