@@ -28,6 +28,13 @@ class RankCheckpoints:
         """What has come of ``begin_save``, after at most ``wait_s`` seconds."""
         return self._engine.saved(wait_s)
 
+    def abandon(self) -> None:
+        """Returns when nothing is written any more that a driver which is gone had asked for.
+
+        Fails on a rank that was never started: such a one cannot be taken over.
+        """
+        self._engine.wait_for_writes()
+
     def verify(self, place: str, files: Mapping[str, FileEntry]) -> str:
         """Checks what this rank will read of a checkpoint; says what is wrong, or nothing."""
         return self._engine.verify(place, files)

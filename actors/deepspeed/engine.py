@@ -231,6 +231,10 @@ class TrainEngine:
         """What has come of ``begin_save``, after at most ``wait_s`` seconds."""
         return self._background.status(wait_s)
 
+    def wait_for_writes(self) -> None:
+        """Returns when no copy is being written, whatever came of it."""
+        self._background.wait()
+
     def _layout(self) -> StateLayout:
         stage, rank = self._config.zero_stage, self._group.rank
         return StateLayout(self.module, self._engine.optimizer, self._optimizer, zero_stage=stage, rank=rank)
