@@ -54,8 +54,9 @@ def test_scores_do_not_depend_on_the_batch_and_are_normalised(reward_model: Path
         assert [s.value for s in ours] == pytest.approx([s.value for s in theirs], abs=1e-5)
     raw = [score.value for scores in found for score in scores]
     ScoreNormaliser(mean=0.25, std=2.0).write(reward_model)
-    together.start()
-    normal = [score for scores in together.score(handles) for score in scores]
+    normalised = ScorerWorker(reward_model, LocalStore())
+    normalised.start()
+    normal = [score for scores in normalised.score(handles) for score in scores]
     (reward_model / NORMALISER_FILE).unlink()
     assert [s.value for s in normal] == pytest.approx([(value - 0.25) / 2.0 for value in raw])
     assert [s.components["reward_model_raw"] for s in normal] == pytest.approx(raw)
