@@ -33,6 +33,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._clock = _JumpingSelector()
         self._thread_seconds = thread_seconds
         super().__init__(self._clock)
+        self._clock_resolution = 1e-6  # with the real clock's a timer far ahead would never be quite due
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""

@@ -1,0 +1,117 @@
+"""Publications beside joins and hangs, over simulated actors in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.calls import await_ref
+from actors.fleet import Fleet, FleetLimits
+from actors.gang import LearnerGang
+from actors.publisher import BucketPublisher
+from tests.actors.local_ray import LocalActor
+from tests.actors.simulated_roles import UPDATE_TIMEOUT_S, Engine, Fault, Meeting, Rank, World
+from tests.virtual_time import DeadlockError, VirtualTimeLoop
+
+
+@pytest.fixture(autouse=True)
+def local_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart=True: actor.die())
+
+
+def drive(body: Coroutine[Any, Any, None]) -> None:
+    loop = VirtualTimeLoop()
+    try:
+        loop.run_until_complete(body)
+    finally:
+        loop.close()
+
+
+class Published:
+    """A generation fleet and one learner rank of one world."""
+
+    def __init__(self) -> None:
+        self.world = World([], 1, 0)
+        self.events: list[str] = []
+        limits = FleetLimits(600.0, 1800.0, max_restarts=3)
+        self.fleet = Fleet("generation", self._spawn, self.world.retire, self._event, limits)
+        rank = self.world.actor("learner", Rank(self.world, 0, Meeting(1)), serial=True)
+        self.gang = LearnerGang("learner", [rank])
+
+    def _spawn(self, index: int) -> LocalActor:
+        return self.world.actor("generation", Engine(self.world))
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        self.events.append(kind)
+
+    def publisher(self) -> BucketPublisher:
+        return BucketPublisher(
+            self.gang,
+            self.fleet,
+            self._event,
+            version=self.world.first_version,
+            bucket_bytes=1000,
+            timeout_s=UPDATE_TIMEOUT_S / 3,
+        )
+
+    def versions(self) -> list[int | None]:
+        return [replica.handle.worker.version for replica in self.fleet.healthy]
+
+
+def test_a_newcomer_that_is_welcomed_to_a_folder_when_the_learner_publishes_ends_with_the_learners_weights() -> None:
+    async def body() -> None:
+        run = Published()
+        version = run.world.first_version
+
+        async def welcome(actor: Any) -> None:
+            await await_ref(
+                actor.load_folder.remote(Path("policy"), version, 1000), timeout_s=600.0, where="generation.load_folder"
+            )
+
+        await run.fleet.scale(1)
+        run.fleet.welcome = welcome
+        growing = asyncio.create_task(run.fleet.scale(2))
+        while not run.world.reached["generation", "load_folder"]:
+            await asyncio.sleep(1.0)
+        await run.publisher().publish(version + 5)
+        await growing
+        assert run.versions() == [version + 5] * 2
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_a_replica_that_hangs_in_a_publication_costs_itself_alone() -> None:
+    async def body() -> None:
+        run = Published()
+        await run.fleet.scale(3)
+        before = [replica.index for replica in run.fleet.healthy]
+        run.world.faults.append(Fault("generation", "begin_update", "hang", after=1))
+        await run.publisher().publish(run.world.first_version + 1)
+        assert run.versions() == [run.world.first_version + 1] * 3
+        assert [replica.index for replica in run.fleet.healthy if replica.index in before] == [0, 2]
+        assert run.events.count("replica_lost") == 1
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_a_wait_that_nobody_ends_is_an_error_and_one_with_a_timeout_takes_no_time() -> None:
+    async def wait_for_ever() -> None:
+        await asyncio.Event().wait()
+
+    async def wait_for_a_year() -> None:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(365 * 24 * 3600.0):
+                await asyncio.Event().wait()
+        assert asyncio.get_running_loop().time() - began == pytest.approx(365 * 24 * 3600.0)
+
+    drive(wait_for_a_year())
+    with pytest.raises(DeadlockError):
+        drive(wait_for_ever())
