@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,10 @@ def _check_address(address: str) -> None:
 
 def ask_nodes(nodes: Sequence[Mapping[str, Any]], folder: Path | None) -> list[NodeReport]:
     """Places an actor on each node and returns what they say; one that does not answer in time is a report too."""
-    # Sent as code: a node need not have this package, or has another version of it.
-    modules = (probe, cluster.token)
-    for module in modules:
-        ray.cloudpickle.register_pickle_by_value(module)
     actors = {}
     try:
-        actors = {node["NodeID"]: _place(node) for node in nodes}
+        with sent_as_code():
+            actors = {node["NodeID"]: _place(node) for node in nodes}
         asked = {node_id: actor.facts.remote(list(PACKAGES)) for node_id, actor in actors.items()}
         if asked:
             ray.wait(list(asked.values()), num_returns=len(asked), timeout=START_LIMIT_S)
@@ -112,6 +110,17 @@ def ask_nodes(nodes: Sequence[Mapping[str, Any]], folder: Path | None) -> list[N
     finally:
         for actor in actors.values():
             ray.kill(actor)
+
+
+@contextlib.contextmanager
+def sent_as_code() -> Iterator[None]:
+    """Within the block the probe is sent as code: a node need not have this package, or has another version of it."""
+    modules = (probe, cluster.token)
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
         for module in modules:
             ray.cloudpickle.unregister_pickle_by_value(module)
 

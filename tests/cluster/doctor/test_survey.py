@@ -118,3 +118,23 @@ def test_an_address_where_nobody_listens_is_a_finding_at_once() -> None:
     [check] = survey.check_cluster("127.0.0.1:1", None)
     assert (check.name, check.ok, check.level) == ("cluster", False, "error")
     assert "127.0.0.1:1" in check.found and "firewall" in check.action
+
+
+def test_a_node_without_this_package_can_answer(tmp_path: Path) -> None:
+    """What is sent to a node is code, and needs neither this package there nor another version of it to be gone."""
+    program = """
+import pickle, sys
+sys.modules["cluster"] = None
+probe = pickle.loads(open(sys.argv[1], "rb").read())()
+facts = probe.facts(["ray", "no-such-package"])
+print(sorted(facts["versions"]), facts["memory_total"] > 0, probe.clock() > 0)
+"""
+    import ray
+
+    file = tmp_path / "probe.pickle"
+    with survey.sent_as_code():
+        file.write_bytes(ray.cloudpickle.dumps(survey.probe.NodeProbe))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "['python', 'ray'] True True\n", done.stderr
