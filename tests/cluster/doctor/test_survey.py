@@ -19,6 +19,8 @@ from cluster.placement import KEEP_ENVIRONMENT
 from rlhf.errors import ClusterError
 from tests.e2e.recipes import MARKS, ROOT
 
+STARTS = 3
+
 ASK = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -37,17 +39,23 @@ def clean_environment(**more: str) -> dict[str, str]:
 @contextlib.contextmanager
 def two_nodes(environment: Mapping[str, str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A cluster and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.doctor.two_nodes"],
-        cwd=ROOT,
-        env=dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
+    for _ in range(STARTS):  # Ray gives up on a node whose agents take longer than a busy machine lets them
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.doctor.two_nodes"],
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        address = process.stdout.readline().strip()
+        if address:
+            break
+        process.communicate(timeout=120)
+    assert address, "no cluster could be started"
     try:
-        yield process, process.stdout.readline().strip()
+        yield process, address
     finally:
         process.stdin.close()
         assert process.wait(120) == 0
