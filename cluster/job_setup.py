@@ -1,7 +1,8 @@
 """What a submitted job does on the cluster before its driver: looks for the judge's key, lays the recipe's files.
 
-``python -m cluster.job_setup FOLDER``: the folder has the recipe and its files, see ``cluster.shipping``. It is no
-driver itself: with the first driver of a job that ends Ray removes the job's working directory.
+``python -m cluster.job_setup FOLDER``: the folder has the recipe and its files, see ``cluster.shipping``. It
+does not join the cluster. Nodes on one machine share Ray's folder, and the first task on each of them unpacks the job's
+working directory anew: the one in which the driver was still to start would be gone.
 """
 
 from __future__ import annotations
