@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -21,4 +22,8 @@ def test_a_small_run_goes_through_on_this_machine(tmp_path: Path) -> None:
     assert names == ["model", "Ray", "generation", "update", "publication", "end"]
     assert "2 updates" in checks[3].found
     assert list(tmp_path.iterdir()) == [], "its files are gone"
-    assert set(recipes.runtime_processes()) <= before, "and so are its processes"
+    left = set(recipes.runtime_processes()) - before
+    deadline = time.monotonic() + 120  # Ray's agents take a while to end
+    while left & set(recipes.runtime_processes()):
+        assert time.monotonic() < deadline, "its processes are still there"
+        time.sleep(0.5)
