@@ -23,6 +23,8 @@ DOCUMENT = recipes.ROOT / "docs" / "run_directory.md"
 NUM_PROMPTS, NUM_STEPS, PROMPTS_PER_STEP, NUM_VALIDATED, NUM_HELD_OUT = 24, 2, 4, 4, 8
 NUM_SAMPLES, NUM_GRADED, BEST_OF = 4, 2, 4
 """The recipe's own: siblings in feedback and reinforcement learning, and in the evaluation's arms and baseline."""
+OF_SOME_RUNS = ("control/", "inputs/DIGEST/", "stacks/TIME.txt")
+"""What is there while a request waits, where a run was submitted, and where one stood still."""
 SHORTER = (
     f"stages.0.num_prompts={NUM_PROMPTS}",
     "stages.0.loop.prompts_per_chunk=12",
@@ -40,10 +42,10 @@ SHORTER = (
 
 
 def documented_files() -> list[str]:
-    """Patterns of the files that the document's first listing shows; ``control/`` is there while it is used."""
+    """Patterns of the files that the document's first listing shows, but for those that some runs have only."""
     listing = DOCUMENT.read_text(encoding="utf-8").split("    RUN/\n")[1].split("\n\n")[0]
     names = re.findall(r"^ {6}(\S+)", listing, flags=re.MULTILINE)
-    return [re.sub("STAGE|PART|NAME", "*", name) for name in names if name != "control/"]
+    return [re.sub("STAGE|PART|NAME", "*", name) for name in names if name not in OF_SOME_RUNS]
 
 
 def documented_keys() -> list[str]:
