@@ -62,7 +62,7 @@ def test_the_next_driver_takes_engines_and_learners_over(
 
     assert during == before, "not one of them was started anew"
     [reattached] = recipes.events(run, "driver_reattached")
-    assert reattached["num_actors"] == 4 and reattached["silent_s"] > 0
+    assert reattached["num_actors"] == 5 and reattached["silent_s"] > 0, "recorder, engine, rules and two ranks"
     assert {event["role"] for event in recipes.events(run, "replica_adopted")} == {"generation", "recorder"}
     [gang] = recipes.events(run, "gang_adopted")
     assert (gang["role"], gang["num_ranks"]) == ("learner", 2)
