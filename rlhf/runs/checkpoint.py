@@ -85,14 +85,15 @@ def save(
     """
     storage = storage_at(where)
     place = begin(storage, step, keep=keep)
+    saved: Checkpoint | None = None
     try:
-        return commit(storage, place, step, write(place), state=state, keep=keep)
+        saved = commit(storage, place, step, write(place), state=state, keep=keep)
+        return saved
     except OSError as error:
-        storage.discard(place)
         raise not_saved(storage.place(step), error) from error
-    except BaseException:
-        storage.discard(place)
-        raise
+    finally:
+        if saved is None:
+            storage.discard(place)
 
 
 def begin(where: Where, step: int, *, keep: int) -> str:

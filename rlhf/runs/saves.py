@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -76,21 +76,29 @@ class StageSaves:
         await self.finish()
         state = copy.deepcopy(dict(state))  # it is written later, when its owner has gone on
         place = await asyncio.to_thread(checkpoint.begin, self._storage, step, keep=self._keep)
-        try:
-            if self._in_background:
-                for name, learner in self._learners.items():
-                    async with self._gate.hold(name):
-                        await learner.begin_save(join(place, name))
-                self._writing = asyncio.create_task(self._finish_writing(place, step, state))
-                return
-            files: dict[str, FileEntry] = {}
+        files: dict[str, FileEntry] = {}
+        async with self._filling(place):
             for name, learner in self._learners.items():
                 async with self._gate.hold(name):
-                    files |= _below(name, await learner.save(join(place, name)))
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(self._storage.discard, place))
-            raise
-        await self._commit(place, step, files, state)
+                    if self._in_background:
+                        await learner.begin_save(join(place, name))
+                    else:
+                        files |= _below(name, await learner.save(join(place, name)))
+        if self._in_background:
+            self._writing = asyncio.create_task(self._finish_writing(place, step, state))
+        else:
+            await self._commit(place, step, files, state)
+
+    @contextlib.asynccontextmanager
+    async def _filling(self, place: str) -> AsyncIterator[None]:
+        """A block that fills a place; one that does not come to its end leaves nothing there."""
+        is_filled = False
+        try:
+            yield
+            is_filled = True
+        finally:
+            if not is_filled:
+                await asyncio.shield(asyncio.to_thread(self._storage.discard, place))
 
     def check(self) -> None:
         """Raises what a write in the background has failed with; between two steps, and at no cost."""
@@ -125,12 +133,9 @@ class StageSaves:
         """Waits until every learner has written, then makes the checkpoint of it."""
         deadline = time.monotonic() + self._timeout_s
         files: dict[str, FileEntry] = {}
-        try:
+        async with self._filling(place):
             for name, learner in self._learners.items():
                 files |= _below(name, await self._written(name, learner, place, deadline))
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(self._storage.discard, place))
-            raise
         await self._commit(place, step, files, state)
 
     async def _written(self, name: str, learner: Learner, place: str, deadline: float) -> Mapping[str, FileEntry]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,50 +24,7 @@ from rlhf.errors import (
     WorkerError,
 )
 from tests.actors.fleets import Answer, Item, items
-
-
-class FakeRef:
-    """A reference that is one pending value."""
-
-    def __init__(self) -> None:
-        self._future: Future[Any] = Future()
-
-    def future(self) -> Future[Any]:
-        return self._future
-
-    def settle(self, value: Any) -> None:
-        if self._future.done():
-            return
-        if isinstance(value, Exception):
-            self._future.set_exception(value)
-        else:
-            self._future.set_result(value)
-
-
-class FakeStream:
-    """References that come one by one."""
-
-    def __init__(self) -> None:
-        self._refs: asyncio.Queue[FakeRef | None] = asyncio.Queue()
-
-    def __aiter__(self) -> FakeStream:
-        return self
-
-    async def __anext__(self) -> FakeRef:
-        ref = await self._refs.get()
-        if ref is None:
-            raise StopAsyncIteration
-        return ref
-
-    def deliver(self, value: Any) -> None:
-        ref = FakeRef()
-        ref.settle(value)
-        self._refs.put_nowait(ref)
-
-    def settle(self, value: Any) -> None:
-        if isinstance(value, Exception):
-            self.deliver(value)
-        self._refs.put_nowait(None)
+from tests.actors.local_ray import LocalRef, LocalStream
 
 
 class FakeActor:
@@ -77,13 +33,13 @@ class FakeActor:
     def __init__(self, world: World, index: int) -> None:
         self.world, self.index = world, index
         self.alive = True
-        self.pending: list[FakeRef | FakeStream] = []
+        self.pending: list[LocalRef | LocalStream] = []
         self.stopped = False
 
     def __getattr__(self, name: str) -> FakeMethod:
         return FakeMethod(self, name)
 
-    def submit(self, reply: FakeRef | FakeStream, method: str, args: tuple[Any, ...]) -> Any:
+    def submit(self, reply: LocalRef | LocalStream, method: str, args: tuple[Any, ...]) -> Any:
         if not self.alive:
             reply.settle(ActorDiedError())
             return reply
@@ -91,20 +47,20 @@ class FakeActor:
         if method in self.world.never:
             return reply
         draw = self.world.draw
-        if isinstance(reply, FakeStream):
+        if isinstance(reply, LocalStream):
             for i, item in enumerate(args[0]):
                 self.world.later(0.001 * (i + 1), lambda item=item: self._deliver(reply, item))
-        delay = 0.001 * (draw.randrange(4) + (len(args[0]) + 1 if isinstance(reply, FakeStream) else 0))
+        delay = 0.001 * (draw.randrange(4) + (len(args[0]) + 1 if isinstance(reply, LocalStream) else 0))
         if draw.random() < self.world.mortality and method != "stop":
             self.world.later(delay / 2, self.die)
         self.world.later(delay, lambda: self._finish(reply, method, args))
         return reply
 
-    def _deliver(self, reply: FakeStream, item: Item) -> None:
+    def _deliver(self, reply: LocalStream, item: Item) -> None:
         if self.alive:
             reply.deliver(Answer(item.uid, self.index))
 
-    def _finish(self, reply: FakeRef | FakeStream, method: str, args: tuple[Any, ...]) -> None:
+    def _finish(self, reply: LocalRef | LocalStream, method: str, args: tuple[Any, ...]) -> None:
         if self.alive:
             self.pending.remove(reply)
             if method == "stop" and self.pending:
@@ -125,11 +81,11 @@ class FakeMethod:
 
     actor: FakeActor
     name: str
-    reply: type = FakeRef
+    reply: type = LocalRef
 
     def options(self, *, num_returns: str) -> FakeMethod:
         assert num_returns == "streaming"
-        return FakeMethod(self.actor, self.name, FakeStream)
+        return FakeMethod(self.actor, self.name, LocalStream)
 
     def remote(self, *args: Any) -> Any:
         return self.actor.submit(self.reply(), self.name, args)

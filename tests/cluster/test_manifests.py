@@ -60,8 +60,11 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_manifests_are_valid(path: Path) -> None:
-    for document in documents(path):
-        jsonschema.validate(document, schema_of(document))
+    found = documents(path)
+    assert found
+    for document in found:
+        kind = jsonschema.validators.validator_for(schema_of(document))
+        assert [error.message for error in kind(schema_of(document)).iter_errors(document)] == []
 
 
 @pytest.mark.parametrize(
