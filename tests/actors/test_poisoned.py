@@ -14,7 +14,8 @@ from actors.fleet import Fleet, FleetLimits
 from actors.roles import FleetGenerator, FleetJudge, FleetScorer
 from rlhf.errors import EngineError, ReplicaLostError, RlhfError
 from tests.actors.fleets import Item, items
-from tests.actors.test_fleet_races import FakeActor, FakeRef, FakeStream, World
+from tests.actors.local_ray import LocalRef, LocalStream
+from tests.actors.test_fleet_races import FakeActor, World
 from tests.actors.test_replica_states import Told
 from tests.fakes import make_group
 
@@ -27,13 +28,13 @@ def fake_kill(monkeypatch: pytest.MonkeyPatch) -> None:
 class FragileActor(FakeActor):
     """Dies of, or raises an error for, items of certain uids; with ``stream`` those before them are delivered."""
 
-    def submit(self, reply: FakeRef | FakeStream, method: str, args: tuple[Any, ...]) -> Any:
+    def submit(self, reply: LocalRef | LocalStream, method: str, args: tuple[Any, ...]) -> Any:
         world: Any = self.world
         bad = [item for item in args[0] if item.uid in world.poison] if args else []
         if not (self.alive and bad and method in ("answer", "stream", "score", "judge")):
             return super().submit(reply, method, args)
         self.pending.append(reply)
-        if isinstance(reply, FakeStream):
+        if isinstance(reply, LocalStream):
             for item in args[0][: args[0].index(bad[0])]:
                 self._deliver(reply, item)
         error = world.poison[bad[0].uid]
@@ -110,7 +111,7 @@ def test_two_losses_that_had_nothing_to_do_with_the_items_leave_none_out() -> No
         work = asyncio.create_task(fleet.scatter_stream("stream", items(3), may_lack=True))
         for number in range(2):
             while len(world.actors) <= number or not any(
-                isinstance(reply, FakeStream) for reply in world.actors[number].pending
+                isinstance(reply, LocalStream) for reply in world.actors[number].pending
             ):
                 await asyncio.sleep(0)
             world.actors[number].die()
