@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
+# Whole runs wait for one thread at a time for the most part, so two of them are hardly slower than one.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .PHONY: help setup quickstart test test-fast test-all drills seeds docs lint format clean
 
@@ -31,11 +33,11 @@ test: lint ## style, types and every test but the long ones; cheap tests first
 test-fast: setup ## tests that start no engine: seconds
 	$(PYTEST) -m "not slow and not engine"
 
-test-all: lint ## everything, the long drills and learning runs included
-	$(PYTEST) --fail-early
+test-all: test ## everything: the long drills and learning runs, too
+	$(PYTEST) -m slow $(SIDE_BY_SIDE)
 
 drills: setup ## whole runs under faults: workers killed, judge down, signals in every stage
-	$(PYTEST) tests/drills
+	$(PYTEST) tests/drills $(SIDE_BY_SIDE)
 
 seeds: setup ## the quickstart with three seeds and the null arm, as a table; goes on where it stopped
 	$(PY) -m cluster.seeds

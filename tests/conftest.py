@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -110,8 +111,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         with contextlib.suppress(psutil.Error):
             _complaints.append(f"process {process.pid} was left behind: {' '.join(process.cmdline())[:160]}")
             process.kill()
+    if hasattr(session.config, "workeroutput"):  # tests go on side by side, and this is not the process that reports
+        session.config.workeroutput["complaints"] = _complaints
     if _complaints and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {}).get("complaints", [])  # a process that crashed has told nothing
+    _complaints.extend(complaint for complaint in told if complaint not in _complaints)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 MARKERS = "[pytest]\nmarkers =\n    engine: x\n    slow: x\n    gpu: x\n"
@@ -29,16 +30,17 @@ def test_a_skipped_test_fails_the_session_unless_it_needs_a_gpu(tmp_path):
     assert "test_it.py::test_a was skipped" in done.stdout
 
 
-def test_a_process_left_behind_is_ended_and_fails_the_session(tmp_path):
+@pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["alone", "side by side"])
+def test_a_process_left_behind_is_ended_and_fails_the_session(tmp_path, arguments):
     source = (
         "import subprocess, sys\n"
         "def test_a():\n"
         '    code = \'import subprocess; subprocess.Popen(["sleep", "321"], start_new_session=True)\'\n'
         "    subprocess.run([sys.executable, '-c', code], check=True)\n"  # an orphan: its parent is gone
     )
-    done = run_session(tmp_path, source)
+    done = run_session(tmp_path, source, *arguments)
     assert done.returncode == 1
-    assert "was left behind: sleep 321" in done.stdout
+    assert done.stdout.count("was left behind: sleep 321") == 1
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "321"]]
 
 

@@ -202,6 +202,15 @@ def workers(recipe: Path, name: str) -> list[int]:
     return [pid for pid, title in runtime_processes().items() if title.startswith(name) and pid not in _BEFORE[recipe]]
 
 
+def titles_below(pid: int) -> list[str]:
+    """Titles of all processes that descend from one."""
+    titles = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles.append(" ".join(process.cmdline()))
+    return titles
+
+
 def engine_seconds(recipe: Path) -> float:
     """CPU time that the engines of a recipe's runs have used; it grows while they draw, and hardly while they wait."""
     seconds = 0.0

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.e2e import recipes
@@ -38,15 +37,6 @@ def stage(kind: str) -> dict[str, Any]:
     }
 
 
-def titles_below(pid: int) -> list[str]:
-    """Titles of all processes that descend from one."""
-    titles = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            titles.append(" ".join(process.cmdline()))
-    return titles
-
-
 def write_recipe(folder: Path, model: Path, kind: str) -> Path:
     folder.mkdir()
     recipes.write_data(folder)
@@ -57,7 +47,11 @@ def write_recipe(folder: Path, model: Path, kind: str) -> Path:
 
 def signal_twice(driver: subprocess.Popen[str], kind: str, run: Path) -> int:
     """Sends the second signal once the first one was taken note of, in the middle of a step; returns the exit code."""
-    recipes.wait_for(driver, lambda: any(title.startswith(BUSY[kind]) for title in titles_below(driver.pid)), 600.0)
+
+    def is_busy() -> bool:
+        return any(title.startswith(BUSY[kind]) for title in recipes.titles_below(driver.pid))
+
+    recipes.wait_for(driver, is_busy)
     os.kill(driver.pid, signal.SIGTERM)
     recipes.wait_for(driver, lambda: (run / "control" / "stop").exists())
     os.kill(driver.pid, signal.SIGTERM)
