@@ -21,6 +21,7 @@ from rlhf.runs.events import read_events
 from rlhf.runs.memory import RUN_MARK
 from rlhf.runs.tables import read_table
 from tests.actors.judging import write_constitution
+from tests.conftest import SESSION_MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ("seconds", "per_second")
@@ -143,9 +144,10 @@ def _is_runtime(title: str) -> bool:
 
 
 def _may_be_ours(process: psutil.Process, here: list[int]) -> bool:
-    """Whether a process descends from this one, or from none that lives.
+    """Whether a process descends from this one, or from none that lives and none of another test session.
 
-    Orphans go to an ancestor of this process, such as the system's first one.
+    Orphans go to an ancestor of this process, such as the system's first one. A session that goes on beside this one
+    may have some too: Ray's own processes, which keep their environment, say whose they are.
 
     Args:
         process: One of Ray's or an engine's.
@@ -154,7 +156,18 @@ def _may_be_ours(process: psutil.Process, here: list[int]) -> bool:
     above = process.parents()
     if here[0] in [parent.pid for parent in above]:
         return True
+    sessions = {_session(each) for each in (process, *above)} - {None}
+    if sessions and os.environ[SESSION_MARK] not in sessions:
+        return False
     return all(parent.pid in here or _is_runtime(_title(parent)) for parent in above)
+
+
+def _session(process: psutil.Process) -> str | None:
+    """The test session that a process was started by, where it says so."""
+    try:
+        return process.environ().get(SESSION_MARK)
+    except psutil.Error:
+        return None
 
 
 def run(recipe: Path, *arguments: str, timeout_s: float = 1200.0, log: Path | None = None) -> int:
