@@ -44,7 +44,19 @@ def commands() -> list[str]:
 
 
 def test_the_guide_has_every_step_in_order() -> None:
-    steps = "auth_token --head --no-wait --follow --status =3 =1 52368 kill --no-wait --cancel submit".split()
+    steps = (
+        "--head",
+        "--no-wait",
+        "--follow",
+        "--status",
+        "=3",
+        "=1",
+        "52368",
+        "kill",
+        "--no-wait",
+        "--cancel",
+        "submit",
+    )
     blocks = iter(commands())
     assert [step for step in steps if not any(step in block for block in blocks)] == []
     assert any("read_parquet" in block for block in blocks), "and then the record"
