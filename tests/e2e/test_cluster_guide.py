@@ -116,6 +116,9 @@ class Terminal:
         """Runs commands to their end, which has to be a good one, and returns what they said."""
         log = self._folder / "said"
         code = self._start(block, log).wait(timeout_s)
+        if code and "--head" in block:  # Ray gives a node half a minute to start, which a busy machine may not have
+            self.close()
+            code = self._start(block, log).wait(timeout_s)
         said = log.read_text(encoding="utf-8", errors="replace")
         assert code == 0, f"{code} from\n{block}\n{said}"
         return said
