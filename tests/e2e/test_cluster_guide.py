@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -33,8 +32,6 @@ OTHER_MACHINES = "10.0.0.1"
 PORTS = ("6379", "8265", "52366", "52367", "52368", "52369")
 PROMPTS, SAMPLES = 4, 2
 FOREVER, STEPS_AFTER_CANCEL = 10**5, 3
-SET_CHILD_SUBREAPER = 36
-"""Of Linux' ``prctl``."""
 
 
 def commands() -> list[str]:
@@ -148,7 +145,7 @@ class Terminal:
             for process in self.processes()
             if process.name() == "raylet" and any(self.second_port in word for word in process.cmdline())
         ]
-        return [" ".join(process.cmdline()) for process in raylet.children(recursive=True)]
+        return recipes.titles_below(raylet.pid)
 
     def close(self) -> None:
         """Ends what is left: ``ray stop`` would end other clusters of this machine too."""
@@ -186,19 +183,7 @@ def write_recipe(folder: Path, model: Path, steps: int) -> Path:
 
 
 @pytest.fixture
-def parent_of_orphans() -> Iterator[None]:
-    """Has what ``ray start`` leaves in the background descend from this process, and so be nobody else's to end."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    assert prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    yield
-    prctl(SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-    for child in psutil.Process().children():
-        if child.status() == psutil.STATUS_ZOMBIE:
-            child.wait(10)
-
-
-@pytest.fixture
-def terminal(tmp_path: Path, tiny_model_dir: Path, parent_of_orphans: None) -> Iterator[Terminal]:
+def terminal(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Terminal]:
     folder = Path(tempfile.mkdtemp(prefix="rg", dir="/tmp"))
     terminal = Terminal(folder, write_recipe(tmp_path, tiny_model_dir, FOREVER))
     try:
