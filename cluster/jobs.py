@@ -289,8 +289,8 @@ class RunJobs:
                 needed="a driver that runs to its end",
                 action="If the head or its node was replaced, submit the run again to go on; else see Ray's log of it.",
             )
-        print(f"{job_id} has failed with exit code {code}; what was done is kept", file=sys.stderr)
-        return int(code) if code > 0 else 128 - int(code)
+        print(f"{job_id} has failed with exit code {_as_in_a_shell(code)}; what was done is kept", file=sys.stderr)
+        return _as_in_a_shell(code)
 
     # Status and cancelling
 
@@ -301,7 +301,7 @@ class RunJobs:
             print(f"no job of {self._run_dir} at {self._address}")
         for job in attempts:
             times = f"{_clock(job.start_time)} to {_clock(job.end_time) if job.end_time else 'now'}"
-            code = "" if job.driver_exit_code is None else f", exit code {job.driver_exit_code}"
+            code = "" if job.driver_exit_code is None else f", exit code {_as_in_a_shell(job.driver_exit_code)}"
             print(f"{job.submission_id}  {job.status}  {times}{code}")
         return 0
 
@@ -359,6 +359,11 @@ def entrypoint() -> str:
     """
     setup = f"python -m cluster.job_setup {JOB_FOLDER}"
     return f"{setup} && exec python -m cluster.cli run {JOB_FOLDER}/{RECIPE} ray.address=auto"
+
+
+def _as_in_a_shell(code: int) -> int:
+    """An exit code of Ray's, which is a signal's negative number for a process that was killed."""
+    return code if code >= 0 else 128 - code
 
 
 def _clock(milliseconds: int | None) -> str:

@@ -171,9 +171,10 @@ def test_a_cut_connection_shows_every_line_once(server: JobServer, shipment: Shi
         ((JobStatus.STOPPED, None, ""), 143),
     ],
 )
-def test_the_exit_code_is_the_runs(server: JobServer, shipment: Shipment, ends: Any, code: int) -> None:
+def test_the_exit_code_is_the_runs(server: JobServer, shipment: Shipment, ends: Any, code: int, capsys) -> None:
     server.ends = ends
     assert ask(server, shipment) == code
+    assert (f"exit code {code};" in capsys.readouterr().err) == (str(ends[0]) == "FAILED"), "the same number is said"
 
 
 def test_a_job_without_an_end_of_its_driver_is_the_clusters_fault(server: JobServer, shipment: Shipment) -> None:

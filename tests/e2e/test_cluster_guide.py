@@ -281,5 +281,6 @@ def _check_record(run: Path, steps: int) -> None:
     assert recipes.events(run, "driver_reattached")[0]["num_actors"] == 4, "recorder, engine, rules, learner"
     assert {event["role"] for event in recipes.events(run, "replica_adopted")} == {"generation", "recorder"}
     assert len(recipes.events(run, "gang_adopted")) == 1
+    assert [event["signal"] for event in recipes.events(run, "stopped")] == ["SIGTERM"]
     resumed = [event["step"] for event in recipes.events(run, "stage_resumed")]
     assert len(resumed) == 2 and resumed[1] == steps - STEPS_AFTER_CANCEL
