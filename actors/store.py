@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from rlhf.errors import DeadlineError, RolloutsLostError, StoreFullError, ValueLostError
+from rlhf.errors import DeadlineError, RecordError, RolloutsLostError, StoreFullError, ValueLostError
 from rlhf.types import GroupHandle, Handle, RolloutGroup, Verdict
 
 T = TypeVar("T")
@@ -72,6 +72,7 @@ class RayStore:
 
         Raises:
             DeadlineError: The owner did not take it in time.
+            RecordError: The owner is gone, for every replica and for good.
             StoreFullError: There is no room, neither in memory nor on the disk that the store spills to.
         """
         import ray
@@ -82,6 +83,14 @@ class RayStore:
             [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
         except ray.exceptions.GetTimeoutError:
             self._too_late("put", "the owner's answer")
+        except ray.exceptions.ActorDiedError as error:  # of no replica that another one could stand in for
+            raise RecordError(
+                "object store, put",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                needed="the run's recorder, which owns every rollout",
+                action="Look for a node that went away. Run the same command again: it starts another recorder and "
+                "goes on from the last checkpoint.",
+            ) from error
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise _no_room(error) from error
         return handle

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.dispatch import REPLACEABLE
 from actors.recorder import RecorderWorker
 from actors.roles import FleetScorer, RemoteRecorder, StageRecorder
 from actors.rules import RulesWorker
 from actors.store import LocalStore, RayStore, fetch_all, fetch_payload
 from actors.training_groups import fetch_group
-from rlhf.errors import DeadlineError, RolloutsLostError, StoreFullError, ValueLostError
+from rlhf.errors import DeadlineError, RecordError, RolloutsLostError, StoreFullError, ValueLostError
 from rlhf.rewards.rules import NonEmptyRule
 from rlhf.types import Completion, GroupHandle, Prompt, Rollout, RolloutGroup, VersionSpan
 
@@ -72,6 +73,19 @@ def test_a_store_without_room_says_what_to_raise(kind: str, where: str, monkeypa
     with pytest.raises(StoreFullError, match="Raise ray.object_store_gib") as caught:
         RayStore(owner).put(1)
     assert kind in caught.value.found
+
+
+def test_an_owner_that_is_gone_is_no_fault_of_the_replica_that_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(ray, "get", refuse)
+    owner = SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
+    with pytest.raises(RecordError, match="Run the same command again") as caught:
+        RayStore(owner).put(1)
+    assert not isinstance(caught.value, REPLACEABLE), "another replica would find it gone, too"
 
 
 class Never:
