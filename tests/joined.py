@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.placement import START_TRIES
 from cluster.watchdog import CLUSTER_MARK
 from rlhf.runs.memory import RUN_MARK
 
@@ -53,6 +54,21 @@ class JoinedCluster:
         return _answer(self.host)
 
 
+def _started(command: Sequence[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], Any]:
+    """The cluster's process and its first answer; it is started anew where a busy machine is too slow for Ray."""
+    tries_left = START_TRIES
+    while True:
+        tries_left -= 1
+        host = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True
+        )
+        try:
+            return host, _answer(host)
+        except AssertionError:  # it has ended, and its nodes with it
+            if not tries_left:
+                raise
+
+
 def _answer(host: subprocess.Popen[str]) -> Any:
     assert host.stdout is not None
     for line in host.stdout:
@@ -68,11 +84,8 @@ def joined_cluster(*nodes: Mapping[str, Any]) -> Iterator[JoinedCluster]:
     left_out = (RUN_MARK, CLUSTER_MARK, "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | own
     command = [sys.executable, "-m", "tests.joined", json.dumps(list(nodes))]
-    host = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True
-    )
+    host, found = _started(command, environment)
     try:
-        found = _answer(host)
         yield JoinedCluster(found["address"], found["nodes"], environment, host)
     finally:
         assert host.stdin is not None
