@@ -6,6 +6,7 @@ long-lived actor, so that a rollout outlives the generation replica that drew it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -80,7 +81,7 @@ class RayStore:
         try:
             if self._owner is None:
                 return ray.put(value)
-            [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
+            return self._hand_over(value)
         except ray.exceptions.GetTimeoutError:
             self._too_late("put", "the owner's answer")
         except ray.exceptions.ActorDiedError as error:  # of no replica that another one could stand in for
@@ -93,7 +94,20 @@ class RayStore:
             ) from error
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise _no_room(error) from error
-        return handle
+
+    def _hand_over(self, value: Any) -> Handle:
+        """Has the owner put a value; one that cannot be reached is asked until Ray knows whether it is gone."""
+        import ray
+
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                [handle] = ray.get(self._owner.keep.remote(value), timeout=max(deadline - time.monotonic(), 0.0))
+                return handle
+            except ray.exceptions.ActorUnavailableError:  # what it may have kept already is let go of again
+                if time.monotonic() >= deadline:
+                    self._too_late("put", "the owner's answer")
+            time.sleep(min(1.0, self._timeout_s / 10))
 
     def get(self, handle: Handle) -> Any:
         """Fetches a value.

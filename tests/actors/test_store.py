@@ -78,14 +78,35 @@ def test_a_store_without_room_says_what_to_raise(kind: str, where: str, monkeypa
 def test_an_owner_that_is_gone_is_no_fault_of_the_replica_that_puts(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
+    unreachable = [ray.exceptions.ActorUnavailableError("socket closed", b"0" * 16) for _ in range(3)]
+
     def refuse(*_: Any, **__: Any) -> None:
-        raise ray.exceptions.ActorDiedError
+        raise unreachable.pop() if unreachable else ray.exceptions.ActorDiedError
 
     monkeypatch.setattr(ray, "get", refuse)
     owner = SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
     with pytest.raises(RecordError, match="Run the same command again") as caught:
-        RayStore(owner).put(1)
+        RayStore(owner, timeout_s=1.0).put(1)
+    assert not unreachable, "it is asked until it is known to be gone"
     assert not isinstance(caught.value, REPLACEABLE), "another replica would find it gone, too"
+
+
+def test_an_owner_that_can_be_reached_again_takes_what_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    answers: list[Any] = [["handle"], ray.exceptions.ActorUnavailableError("socket closed", b"0" * 16)]
+
+    def get(*_: Any, **__: Any) -> Any:
+        if isinstance(answer := answers.pop(), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    owner = SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
+    assert RayStore(owner, timeout_s=1.0).put(1) == "handle"
+    answers += [ray.exceptions.ActorUnavailableError("socket closed", b"0" * 16)] * 9
+    with pytest.raises(DeadlineError, match="object store, put"):
+        RayStore(owner, timeout_s=0.0).put(1)
 
 
 class Never:
