@@ -97,7 +97,7 @@ def test_a_second_signal_ends_every_phase_at_once(
     done = event_after(run, "stage_completed", began) - began
     tell("the run that was signalled twice in its evaluation goes on", recover_s=done, lost_steps=0)
     rows = recipes.table(run, "eval")
-    assert rows and all(row["judge_margin"] is not None for row in rows)
+    assert rows and all(row[f"{arm}_judge_margin"] is not None for row in rows for arm in ("before", "after"))
 
 
 def phases(services: dict[str, SilentService]) -> dict[str, Phase]:
