@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-# Whole runs wait for one thread at a time for the most part, so two of them are hardly slower than one.
+# Much of a whole run is the start of Ray and of engines, one thread's work: two at a time keep two cores busy.
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .PHONY: help setup quickstart test test-fast test-all drills seeds docs lint format clean
