@@ -359,6 +359,19 @@ def finish(uv: str, device: str, sources: Sources) -> None:
         raise SetupError("the project itself could not be installed; uv's message is above.")
 
 
+def compile_packages() -> None:
+    """Compiles what is installed to bytecode, about 30,000 files in half a minute on two cores.
+
+    Every engine starts several processes that import PyTorch and vLLM, and Python would parse them each time where it
+    may not write bytecode (PYTHONDONTWRITEBYTECODE, an image's read-only files): twice the start. Files that Python
+    cannot compile are templates and tests; they are left as they are.
+    """
+    say("compiling packages to bytecode, once")
+    site = next((VENV / "lib").glob("python3.*/site-packages"))
+    command = [str(VENV / "bin" / "python"), "-m", "compileall", "-qq", "-j", "0", str(site)]
+    subprocess.run(command, timeout=INSTALL_TIMEOUT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def set_up() -> None:
     """Does the whole set-up, or nothing if it is done."""
     gpu_list = run(["nvidia-smi", "-L"]).stdout if shutil.which("nvidia-smi") else ""
@@ -377,6 +390,7 @@ def set_up() -> None:
     sources = parse_pip_config(configured.stdout)
     install(uv, device, sources)
     finish(uv, device, sources)
+    compile_packages()
     write_stamp(root=str(ROOT), device=device, state="complete", key=key)
     say(f"done: .venv is ready ({device} packages, Python {version[0]}.{version[1]})")
 

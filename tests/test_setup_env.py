@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def test_a_half_installed_package_is_found(tmp_path):
     package("unrecorded", ["unrecorded.py"], record=False)
     assert damaged_packages(tmp_path) == ["torn", "unrecorded"]
     assert not (tmp_path / "unrecorded-1.0.dist-info").exists()
+
+
+def test_packages_are_compiled_and_what_cannot_be_is_left(tmp_path, monkeypatch):
+    site = tmp_path / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    site.mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (site / "sound.py").write_text("answer = 42\n")
+    (site / "template.py").write_text("answer = {{ answer }\n")
+    monkeypatch.setattr(setup_env, "VENV", tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # where nothing else would compile them, it matters most
+    setup_env.compile_packages()
+    assert [Path(file).name.split(".")[0] for file in site.rglob("*.pyc")] == ["sound"]
 
 
 def test_everything_missing_is_said_at_once(tmp_path, monkeypatch):
