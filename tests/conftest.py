@@ -15,6 +15,9 @@ import psutil
 import pytest
 from hypothesis import settings
 
+# Here, and not with the drills: where tests go on side by side, the process that reports does not look for them.
+pytest_plugins = ["tests.drills.table"]
+
 ROOT = Path(__file__).resolve().parent.parent
 SESSION_MARK = "RLHF_TEST_SESSION"
 EXIT_GRACE_SECONDS = 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def run_session(folder: Path, source: str, *arguments: str) -> subprocess.Comple
     (folder / "pytest.ini").write_text(MARKERS, encoding="utf-8")
     (folder / "test_it.py").write_text(source, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(CONFTEST.parents[1])}  # for the plugin that conftest names
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_a_skipped_test_fails_the_session_unless_it_needs_a_gpu(tmp_path):

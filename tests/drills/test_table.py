@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.drills.conftest import as_table, criterion_of
+from tests.drills.table import as_table, criterion_of
 
 
 def test_the_criterion_is_the_docstrings() -> None:
