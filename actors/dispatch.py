@@ -1,9 +1,11 @@
 """How work is shared out over a fleet's replicas, and what happens to the work of one that fails.
 
 The work of a replica that fails goes out once more, as a whole: most often a machine was lost, and the work had nothing
-to do with it. Where it takes a second replica down, it is under suspicion itself: it goes out a last time, one item
-after the other. An item that fails a replica by itself is *poisoned*: it is given up, and what it has cost is not
-counted as restarts of the fleet.
+to do with it. It goes to the least busy of the others at once, while a replacement starts beside them; only where none
+is left it waits for one. Where it takes a second replica down, it is under suspicion itself: it goes out a last time,
+one item after the other, each to a replica that has nothing else to do where there is one or one is starting. An item
+that fails a replica by itself is *poisoned*: it is given up, and what it has cost is not counted as restarts of the
+fleet.
 """
 
 from __future__ import annotations
@@ -47,6 +49,13 @@ class _Job:
     given_up: Callable[[int, str], None] | None
     found: dict[int, Any] = field(default_factory=dict)
     poisoned: set[int] = field(default_factory=set)
+    sent: list[asyncio.Future[None]] = field(default_factory=list)
+    """All that was sent, so that what is not awaited any more can be let go."""
+
+    def dispatch(self, replica: Replica, places: Sequence[int]) -> asyncio.Future[None]:
+        """Sends these items to a replica at once."""
+        self.sent.append(self.send(replica, places))
+        return self.sent[-1]
 
     def rest(self, places: Sequence[int]) -> list[int]:
         """Those of ``places`` that have neither come nor been given up."""
@@ -78,12 +87,24 @@ class Dispatch(ABC):
         """Ends a failed replica, which ``repair`` then replaces."""
 
     @abstractmethod
-    async def replace(self, replica: Replica, error: RlhfError) -> Replica:
-        """Ends a failed replica and returns the one that takes its work over."""
+    def lose(self, replica: Replica, error: RlhfError) -> None:
+        """Ends a failed replica and begins to replace it; nobody waits for that."""
+
+    @abstractmethod
+    async def replace(self, replica: Replica, error: RlhfError) -> None:
+        """Ends a failed replica, begins to replace it, and returns when some replica is healthy."""
 
     @abstractmethod
     async def available(self) -> None:
         """Returns when a replica is healthy, or none can be expected to become so."""
+
+    @abstractmethod
+    async def one_apart(self) -> Replica:
+        """A replica for an item under suspicion, which should take nobody else's work down."""
+
+    @abstractmethod
+    def _notice(self) -> None:
+        """Wakes those who wait for a replica to become healthy or idle."""
 
     async def call(self, replica: Replica, method: str, *args: Any) -> Any:
         """One call of one replica, bounded in time."""
@@ -105,6 +126,7 @@ class Dispatch(ABC):
             replica.in_flight -= 1
             if not replica.in_flight:
                 replica.idle.set()
+                self._notice()
             if not task.cancelled() and task.exception() is None:
                 replica.saw()
 
@@ -113,7 +135,7 @@ class Dispatch(ABC):
         return task
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        """Calls every replica that works; one that fails leaves the fleet and is replaced by the next ``repair``.
+        """Calls every replica that works; one that fails leaves the fleet and is replaced from the next ``repair`` on.
 
         A leaver still takes part: its last work may wait for the other half of what is broadcast. A suspect does not,
         and is welcomed as a newcomer is before it serves again. ``timeout_s``: instead of ``call_timeout_s``.
@@ -209,57 +231,68 @@ class Dispatch(ABC):
 
     async def _run(self, job: _Job) -> None:
         await self.available()
-        shares = self._shares(len(job.items))
+        shares = self._shares(range(len(job.items)), self.healthy)
         self.backlog += len(job.items)
-        sent: list[asyncio.Future[None]] = []
         try:
-            work = [(replica, places, job.send(replica, places)) for replica, places in shares]
-            sent = [first for _, _, first in work]
+            work = [(replica, places, job.dispatch(replica, places)) for replica, places in shares]
             await gather_all(self._settle(job, *one) for one in work)
         finally:
             self.backlog -= len(job.items) - len(job.found)
-            for first in sent:
-                first.cancel()
-            await asyncio.gather(*sent, return_exceptions=True)
+            for sent in job.sent:
+                sent.cancel()
+            await asyncio.gather(*job.sent, return_exceptions=True)
 
     async def _settle(self, job: _Job, replica: Replica, places: Sequence[int], first: asyncio.Future[None]) -> None:
         """Sees one share through."""
         try:
             return await first
         except REPLACEABLE as error:
-            successor = await self.replace(replica, error)
-        rest = job.rest(places)
+            if not (rest := job.rest(places)):  # it failed behind its work
+                return self.lose(replica, error)
+            await self.replace(replica, error)
         self._event("redispatched", role=self.role, replica=replica.index, num_items=len(rest))
-        if not rest:
-            return
+        work = [(other, part, job.dispatch(other, part)) for other, part in self._shares(rest, self._least_busy())]
+        await gather_all(self._settle_again(job, *one) for one in work)
+
+    async def _settle_again(
+        self, job: _Job, replica: Replica, places: Sequence[int], second: asyncio.Future[None]
+    ) -> None:
+        """Sees work through that one replica has failed with."""
         try:
-            await job.send(successor, rest)
+            await second
         except REPLACEABLE as error:
+            if not (rest := job.rest(places)):
+                return self.lose(replica, error)
             if job.given_up is None:
                 raise
-            await self._isolate(job, successor, job.rest(rest), error)
+            await self._isolate(job, replica, rest, error)
 
     async def _isolate(self, job: _Job, failed: Replica, places: Sequence[int], error: RlhfError) -> None:
         """Dispatches what two replicas failed with, item by item; those that fail a third one are given up.
 
         Raises:
-            RlhfError: The restarts of this time are used up.
+            RlhfError: No replica is left and the restarts of this time are used up.
         """
         alone = len(places) == 1  # nothing else was with it the second time
         if alone:
             self._poison(job, places[0], error, cost=1)
-        replica = await self.replace(failed, error)
+        await self.replace(failed, error)
         if alone:
             self._restarts.give_back(1)
         cost = 2
         for place in job.rest(places):
+            replica = await self.one_apart()
+            replica.isolates = True
             try:
-                await job.send(replica, [place])
+                await job.dispatch(replica, [place])
             except REPLACEABLE as failure:
                 self._poison(job, place, failure, cost)
-                replica = await self.replace(replica, failure)
+                await self.replace(replica, failure)
                 self._restarts.give_back(1)
                 cost = 0  # given back with the first
+            finally:
+                replica.isolates = False
+                self._notice()
 
     def _poison(self, job: _Job, place: int, error: RlhfError, cost: int) -> None:
         assert job.given_up is not None, "asked for where it is allowed"
@@ -268,15 +301,23 @@ class Dispatch(ABC):
         self._event("item_poisoned", role=self.role, uid=job.items[place].uid, error=str(error))
         job.given_up(place, f"given up after it failed {self.role} again and again: {error.found}")
 
-    def _shares(self, num_items: int) -> list[tuple[Replica, Sequence[int]]]:
-        replicas = self.healthy
+    def _least_busy(self) -> list[Replica]:
+        """The healthy replicas with the fewest calls in flight, those without an item under suspicion first."""
+
+        def load(replica: Replica) -> tuple[bool, int]:
+            return replica.isolates, replica.in_flight
+
+        least = min(map(load, self.healthy), default=None)
+        return [replica for replica in self.healthy if load(replica) == least]
+
+    def _shares(self, places: Sequence[int], replicas: Sequence[Replica]) -> list[tuple[Replica, Sequence[int]]]:
         if not replicas:
             raise ReplicaLostError(
                 self.role, found="no healthy replica", needed="at least one", action="See events.jsonl for the cause."
             )
-        bounds = [round(i * num_items / len(replicas)) for i in range(len(replicas) + 1)]
-        shares = [(r, range(a, b)) for r, a, b in zip(replicas, bounds[:-1], bounds[1:], strict=True)]
-        return [(replica, places) for replica, places in shares if places]
+        bounds = [round(i * len(places) / len(replicas)) for i in range(len(replicas) + 1)]
+        shares = [(r, places[a:b]) for r, a, b in zip(replicas, bounds[:-1], bounds[1:], strict=True)]
+        return [(replica, share) for replica, share in shares if share]
 
 
 def _short(where: str, lacking: Sequence[str], num_wanted: int) -> ReplicaLostError:

@@ -1,7 +1,7 @@
 """A fleet: the replicas of one stateless role, which join with the current weights and leave after their work.
 
-Replacing a dead replica, scaling a role and losing a node are the same two moves. Who the replicas are is said here;
-how work is shared out over them, in ``actors.dispatch``.
+Replacing a dead replica, scaling a role and losing a node are the same two moves, which are made here. Who the replicas
+are and what they wait for stands in ``actors.members``; how work is shared out over them, in ``actors.dispatch``.
 """
 
 from __future__ import annotations
@@ -9,31 +9,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from actors.calls import await_ref, gather_all, kill
-from actors.dispatch import REPLACEABLE, Dispatch, Event
-from actors.replicas import ENDED, JOINING, PRESENT, FleetLimits, Replica, ReplicaState, no_change
-from actors.restarts import RestartBudget
+from actors.dispatch import REPLACEABLE, Event
+from actors.members import Members
+from actors.replacements import Replacements
+from actors.replicas import ENDED, JOINING, FleetLimits, Replica, ReplicaState
 from rlhf.errors import LearnerError, PublicationError, ReplicaLostError, RlhfError, WorkerError
 
 __all__ = ["REPLACEABLE", "Event", "Fleet", "FleetLimits", "Replica", "ReplicaState"]
+
+Welcome = Callable[[Any], Awaitable[None]]
 
 _PLACING_THREADS = 32
 """Replicas of a fleet that may wait for room on the cluster at the same time."""
 
 
-class Fleet(Dispatch):
+class Fleet(Members):
     """Replicas of one role.
 
-    Calls go on while replicas join and leave. One ``scale`` comes after another; what is lost meanwhile is replaced
-    without waiting for it, as a newcomer may have to wait for room on the cluster. Replacements come one after another
-    too. These waits, and the one for the weights, end with what the holder does: a leave within its ``call_timeout_s``,
-    a join within the placement's and its own ``start_timeout_s`` and a welcome whose calls have limits, at most
-    ``max_restarts`` of them one after the other.
+    Calls go on while replicas join and leave. What is lost is replaced beside them: nobody waits for a newcomer while
+    another replica is healthy. Once the restarts of this time are used up, the fleet goes on with those that are left,
+    and replaces again when some of its restarts lie behind the window; the error comes when nobody is left. A defect of
+    a newcomer's code or of the learner that welcomes it is raised by the next call.
+
+    One ``scale`` comes after another, and after the replacements that are under way; what is lost meanwhile is replaced
+    without waiting for it, as a newcomer may have to wait for room on the cluster. These waits, and the one for the
+    weights, end with what the holder does: a leave within its ``call_timeout_s``, a join within the placement's and its
+    own ``start_timeout_s`` and a welcome whose calls have limits, at most ``max_restarts`` of them one after the other.
 
     Args:
         role: Name in logs and errors.
@@ -42,6 +49,8 @@ class Fleet(Dispatch):
         retire: Gives the placement of an ended actor back.
         event: Writes one line of the event log: ``event(kind, role=..., replica=..., ...)``.
         limits: Deadlines and restarts.
+        in_turn: Whether the fleet takes turns with other roles on one GPU. Then a replacement starts only within a call
+            that waits for it, which is within the fleet's own phase, and ends with that call.
     """
 
     def __init__(
@@ -51,74 +60,59 @@ class Fleet(Dispatch):
         retire: Callable[[Any], None],
         event: Event,
         limits: FleetLimits | None = None,
+        *,
+        in_turn: bool = False,
     ) -> None:
-        self.role = role
-        self.limits = limits or FleetLimits()
+        super().__init__(role, event, limits or FleetLimits())
         self._spawn = spawn
         self._retire = retire
-        self._event = event
-        self._replicas: list[Replica] = []
-        self._lost: list[Replica] = []
-        """Those that were lost and have no replacement that serves."""
-        self._wanted = 0
-        self._next_index = 0
-        self._restarts = RestartBudget(self.limits.max_restarts, self.limits.restart_window_s)
-        self._last_loss: RlhfError | None = None
+        self._in_turn = in_turn
+        self._replacements = Replacements(role, self.limits, event)
+        self._restarts = self._replacements.budget
         self._scaling = asyncio.Lock()
-        self._membership = asyncio.Lock()
-        self._changed = asyncio.Event()
         self._leaving: asyncio.Future[Any] | None = None
         # The event loop's own threads are few, and newcomers that wait for room would keep them from everybody else.
         self._placing = ThreadPoolExecutor(_PLACING_THREADS, thread_name_prefix=f"place-{role}")
-        self.welcome: Callable[[Any], Awaitable[None]] | None = None
-        """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
+        self._welcome: Welcome | None = None
         self._weights = asyncio.Lock()
 
     @property
-    def healthy(self) -> list[Replica]:
-        """Replicas that take work, in index order."""
-        return [replica for replica in self._replicas if replica.state is ReplicaState.HEALTHY]
+    def welcome(self) -> Welcome | None:
+        """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
+        return self._welcome
 
-    @property
-    def wanted(self) -> int:
-        """Replicas that ``scale`` asked for last."""
-        return self._wanted
-
-    @property
-    def present(self) -> list[Replica]:
-        """Replicas that are not dead, leavers included, in index order: those that can be asked something."""
-        return list(self._replicas)
-
-    @property
-    def num_missing(self) -> int:
-        """Replicas that were lost and that nobody replaces yet; one that is starting or suspect is none of them."""
-        return max(0, self._wanted - sum(replica.state in PRESENT for replica in self._replicas))
-
-    @property
-    def states(self) -> Mapping[str, int]:
-        """Number of replicas by the name of their state, of those that are there or wait for a replacement."""
-        return Counter(replica.state.value for replica in [*self._replicas, *self._lost])
+    @welcome.setter
+    def welcome(self, welcome: Welcome | None) -> None:
+        self._welcome = welcome
+        self._replacements.forgive_learner()
 
     # Membership
 
     async def scale(self, num_replicas: int) -> None:
-        """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first."""
+        """Joins or leaves until ``num_replicas`` serve. Leavers finish their work first; youngest leave first.
+
+        Raises:
+            RlhfError: A newcomer could not join; one that is lost in its start is replaced while restarts are left.
+        """
         async with self._scaling:
-            async with self._membership:  # what is being replaced counts
-                before, self._wanted = self._wanted, num_replicas
-                suspects = [replica for replica in self._replicas if replica.state is ReplicaState.SUSPECT]
-                leavers = [*self.healthy, *suspects][num_replicas:]
-                for replica in leavers:
-                    self._become(replica, ReplicaState.LEAVING)
-                newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
-                self._lost.clear()
+            await self._replacements.ended()  # what is being replaced counts
+            before, self._wanted = self._wanted, num_replicas
+            suspects = [replica for replica in self._replicas if replica.state is ReplicaState.SUSPECT]
+            leavers = [*self.healthy, *suspects][num_replicas:]
+            for replica in leavers:
+                self._become(replica, ReplicaState.LEAVING)
+            newcomers = [self._newcomer() for _ in range(self.num_missing)]  # nobody else takes them for lost
+            self._lost.clear()
             leaving = self._leaving = asyncio.gather(*map(self._leave, leavers))
             await asyncio.shield(leaving)  # they leave to the end, whatever becomes of whoever asked
             try:
-                await gather_all(self._join(replica) for replica in newcomers)
+                async with self._replacing():
+                    await gather_all(self._join_first(replica) for replica in newcomers)
             except RlhfError:
+                await self._replacements.cancel()  # of those that could not join, too
                 if self._wanted:  # it was not stopped meanwhile
                     self._wanted = max(before, len(self.healthy))  # what could not join is not asked for again
+                    self._forget_surplus()
                 raise
             finally:
                 for replica in newcomers:
@@ -126,61 +120,102 @@ class Fleet(Dispatch):
                         self._bury(replica)
 
     async def repair(self) -> None:
-        """Replaces what a broadcast dropped; raises the last loss when the restarts of this time are used up."""
-        async with self._membership:
-            if self._last_loss is not None:
-                loss = self._last_loss
-                await gather_all(self._restart(loss) for _ in range(self.num_missing))
-
-    async def replace(self, replica: Replica, error: RlhfError) -> Replica:
-        """Ends a failed replica and returns the one that takes its work over: a newcomer where one is missing.
+        """Begins to replace what was lost, and returns when some replica is healthy.
 
         Raises:
-            RlhfError: ``error`` when the restarts of this time are used up, or what kept the newcomer from starting.
+            RlhfError: The last loss where nobody is left and the restarts of this time are used up, or the defect of a
+                replacement.
+        """
+        self._replacements.check()
+        if self.num_missing or self._replacements.under_way:
+            await self.available()
+            if self._wanted and not self.healthy and self._last_loss is not None:
+                raise self._last_loss
+
+    async def replace(self, replica: Replica, error: RlhfError) -> None:
+        """Ends a failed replica, begins to replace it where it is missed, and returns when some replica is healthy.
+
+        Raises:
+            RlhfError: See ``repair``; ``error`` where the fleet was stopped.
         """
         self._drop(replica, error)
-        async with self._membership:
-            if self.num_missing:
-                return await self._restart(error)
+        await self.repair()
         if not self.healthy:
-            raise error  # the fleet was stopped
-        return min(self.healthy, key=lambda other: (other.in_flight, other.index))
+            await self.available()  # of suspects
+        if not self.healthy:
+            raise error
+
+    async def replaced(self) -> None:
+        """Returns when no replacement is under way any more, whatever became of them."""
+        await self._replacements.ended()
 
     async def stop(self) -> None:
-        """Ends every replica and gives its placement back."""
+        """Ends every replica and gives its placement back; replacements that are under way are given up."""
         self._wanted = 0
         self._lost.clear()
+        await self._replacements.cancel()
         await gather_all(self._stop(replica) for replica in list(self._replicas))
         self._placing.shutdown(wait=False, cancel_futures=True)
+        self._notice()
 
-    async def _restart(self, error: RlhfError) -> Replica:
-        lost = next((replica for replica in self._lost if replica.state is ReplicaState.DEAD), None)
-        while self._wanted and self._restarts.take():  # a stopped fleet wants nobody
+    @contextlib.asynccontextmanager
+    async def _replacing(self) -> AsyncIterator[None]:
+        """A block that waits for replacements, which begin with it; a fleet that takes turns ends them with it too."""
+        self._replace_lost()
+        try:
+            yield
+        finally:
+            if self._in_turn:
+                await self._replacements.cancel()
+
+    def _replace_lost(self) -> None:
+        """Begins to replace all that is missing, as far as restarts are left."""
+        while self.num_missing and self._last_loss is not None and self._replacements.may_begin:
+            if not self._replacements.take(self._last_loss):
+                return
+            lost = next((replica for replica in self._lost if replica.state is ReplicaState.DEAD), None)
             if lost is not None:
                 self._become(lost, ReplicaState.RESTARTING)
-            try:
-                return await self._join(self._newcomer(), lost)
-            except (WorkerError, LearnerError):  # the next one would have the same code, or ask the same dead gang
-                raise
-            except RlhfError as failure:
+            replica = self._newcomer()
+            work = self._restart(replica, lost)
+            task = self._replacements.begin(work, f"replacement {self.role}[{replica.index}]")
+            task.add_done_callback(partial(self._given_up, replica, lost))
+
+    async def _restart(self, replica: Replica, lost: Replica | None) -> None:
+        try:
+            await self._join(replica, lost)
+        except (WorkerError, LearnerError):  # the next one would have the same code, or ask the same dead gang
+            raise
+        except RlhfError as failure:
+            if self._wanted:
                 self._event("restart_failed", role=self.role, error=str(failure))
-                error = failure
-            finally:
-                if lost is not None:
-                    self._become(lost, ReplicaState.DEAD)
-        if self._wanted:
-            limits = self.limits
-            used = {"max_restarts": limits.max_restarts, "restart_window_s": limits.restart_window_s}
-            self._event("restarts_used_up", role=self.role, **used, error=str(error))
-        raise error
+                self._last_loss = failure
+                self._replace_lost()
 
-    def _newcomer(self) -> Replica:
-        replica = Replica(self._next_index)
-        self._next_index += 1
-        self._replicas.append(replica)
-        return replica
+    def _given_up(self, replica: Replica, lost: Replica | None, _: asyncio.Task[None]) -> None:
+        """Leaves nothing of a replacement that was cancelled before it began."""
+        if replica.state in JOINING:
+            self._bury(replica)
+            if lost in self._lost:
+                self._become(lost, ReplicaState.DEAD)
+        self._notice()
 
-    async def _join(self, replica: Replica, lost: Replica | None = None) -> Replica:
+    async def _join_first(self, replica: Replica) -> None:
+        """Joins a newcomer that ``scale`` asked for; one that is lost in its start is replaced like any other."""
+        try:
+            await self._join(replica)
+            return
+        except REPLACEABLE as error:
+            if not self._wanted:  # it was stopped
+                raise
+            self._note_loss(replica, error)
+        self._replace_lost()
+        await self._replacements.ended()
+        self._replacements.check()
+        if (self.num_missing or not self._wanted) and self._last_loss is not None:
+            raise self._last_loss
+
+    async def _join(self, replica: Replica, lost: Replica | None = None) -> None:
         """Starts and welcomes a newcomer; ``lost`` is whom it replaces."""
         where = f"{self.role}[{replica.index}].start"
         began = time.monotonic()
@@ -194,6 +229,8 @@ class Fleet(Dispatch):
         finally:
             if replica.state is not ReplicaState.HEALTHY:
                 placed.add_done_callback(lambda _: self._bury_late(replica, placed))
+                if lost in self._lost:
+                    self._become(lost, ReplicaState.DEAD)
                 self._bury(replica)
         if replica.state is not ReplicaState.HEALTHY:
             raise ReplicaLostError(
@@ -201,26 +238,28 @@ class Fleet(Dispatch):
             )
         self._replicas.sort(key=lambda other: other.index)
         told: dict[str, Any] = {"seconds": round(time.monotonic() - began, 3)}
-        if lost is not None:
+        if lost in self._lost:
             self._lost.remove(lost)
             told |= {"replaces": lost.index, "recover_s": round(lost.silent_s, 3)}
         self._event("replica_joined", role=self.role, replica=replica.index, **told)
-        return replica
 
     async def _bring_up_to_date(self, replica: Replica) -> None:
         """Makes a stale replica healthy."""
         async with self._weights:  # healthy before other weights come, or welcomed to those
-            if self.welcome is not None:
-                await self.welcome(replica.handle)
+            welcome = self.welcome
+            try:
+                if welcome is not None:
+                    await welcome(replica.handle)
+            except LearnerError as error:
+                if self.welcome == welcome:
+                    raise
+                raise PublicationError(  # another learner publishes by now: the next newcomer asks that one
+                    error.where, found=error.found, needed="the weights that it had", action=error.action
+                ) from error
             if replica.state is ReplicaState.STALE:  # unless it ended meanwhile
                 replica.missed_broadcast = False
                 replica.saw()
                 self._become(replica, ReplicaState.HEALTHY)
-
-    def _become(self, replica: Replica, state: ReplicaState) -> None:
-        replica.become(state)
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def _bury_late(self, replica: Replica, placed: asyncio.Future[Any]) -> None:
         """Ends an actor whose join was given up while it was being placed."""
@@ -252,11 +291,7 @@ class Fleet(Dispatch):
         if replica.state in ENDED:  # another call of the same replica may have been here first
             return
         self._bury(replica)
-        self._last_loss = error
-        if self.num_missing > sum(other.state is ReplicaState.DEAD for other in self._lost):
-            self._lost.append(replica)
-        cost = {"detect_s": round(replica.silent_s, 3), "lost_steps": 0, "lost_tokens": replica.unfinished_tokens}
-        self._event("replica_lost", role=self.role, replica=replica.index, **cost, error=str(error))
+        self._note_loss(replica, error)
 
     def _bury(self, replica: Replica) -> None:
         if replica.state not in ENDED:
@@ -269,16 +304,10 @@ class Fleet(Dispatch):
 
     # Health
 
-    def suspect(self, replica: Replica, error: RlhfError) -> None:
-        """Gives a replica no more work, as a probe of it is overdue; one that is leaving gets none anyway."""
-        if replica.state is ReplicaState.HEALTHY:
-            self._become(replica, ReplicaState.SUSPECT)
-            self._event("replica_suspect", role=self.role, replica=replica.index, error=str(error))
-
-    async def answered(self, replica: Replica, *, repair: bool = True) -> None:
+    async def answered(self, replica: Replica) -> None:
         """Takes a suspect that has answered in again, after a welcome where others have been told something since.
 
-        One that cannot be welcomed is lost; see ``lose`` for ``repair``.
+        One that cannot be welcomed is lost.
         """
         replica.saw()
         if replica.state is not ReplicaState.SUSPECT:
@@ -288,69 +317,64 @@ class Fleet(Dispatch):
             try:
                 await self._bring_up_to_date(replica)
             except RlhfError as error:
-                await self.lose(replica, error, repair=repair)
+                self.lose(replica, error)
                 return
         else:
             self._become(replica, ReplicaState.HEALTHY)
         self._event("replica_recovered", role=self.role, replica=replica.index)
 
-    async def lose(self, replica: Replica, error: RlhfError, *, repair: bool = True) -> None:
-        """Ends a replica that does not work any more, and replaces it unless others do; what cannot be is an event."""
+    def lose(self, replica: Replica, error: RlhfError) -> None:
+        """Ends a replica that does not work any more and begins to replace it; what cannot be is an event."""
         self._drop(replica, error)
-        if repair:
-            with contextlib.suppress(RlhfError):  # it is in the events; whoever needs the replica raises it
-                await self.repair()
+        if not self._in_turn:
+            self._replace_lost()
 
     async def available(self) -> None:
-        """Returns when a replica is healthy, or none can be expected to become so; replaces lost ones where none is.
+        """Returns when a replica is healthy, or none can be expected to become so; begins to replace what is missing.
 
         Raises:
-            DeadlineError: Neither is so after a start and a call's time.
-            RlhfError: What kept a replacement from starting.
+            DeadlineError: Nothing has changed for a start and a call's time.
+            RlhfError: The defect of a replacement.
         """
+        self._replacements.check()
+        if not self._in_turn:
+            self._replace_lost()
         while not self.healthy:
-            if self.num_missing and self._last_loss is not None and self._restarts.left:
-                await self.repair()
-            elif self._may_serve_soon():
+            async with self._replacing():
+                if not self._may_serve_soon():
+                    return
                 await self._until(lambda: bool(self.healthy) or not self._may_serve_soon(), "a healthy replica")
-            else:
-                return
+            self._replacements.check()
 
-    async def settled(self) -> None:
-        """Returns when no replica is suspect or on its way back from it.
+    async def one_apart(self) -> Replica:
+        """A replica for an item under suspicion: one with nothing to do, or else the least busy one.
+
+        It waits while one may come that has nothing to do, and never gives two such items to one replica.
 
         Raises:
-            DeadlineError: Some still are after a start and a call's time.
+            ReplicaLostError: Nobody is left.
         """
-
-        def is_open(replica: Replica) -> bool:
-            return replica.state is ReplicaState.SUSPECT or replica.missed_broadcast
-
-        await self._until(lambda: not any(map(is_open, self._replicas)), "an answer of its suspects")
-
-    def _may_serve_soon(self) -> bool:
-        coming = (*JOINING, ReplicaState.SUSPECT, ReplicaState.RESTARTING)
-        return any(replica.state in coming for replica in [*self._replicas, *self._lost])
-
-    async def _until(self, condition: Callable[[], bool], needed: str) -> None:
-        limit_s = self.limits.start_timeout_s + self.limits.call_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                while not condition():
-                    await self._changed.wait()
-        except TimeoutError:
-            raise no_change(self.role, self.states, limit_s, needed) from None
+        while True:
+            await self.available()
+            free = [replica for replica in self._least_busy() if not replica.isolates]
+            if free and not (free[0].in_flight and self._replacements.under_way):
+                return free[0]
+            if not self.healthy:
+                raise ReplicaLostError(
+                    self.role, found="no healthy replica", needed="one", action="See events.jsonl for the cause."
+                )
+            await self._next_change("a replica with nothing else to do")
 
     # Weights
 
-    async def change_weights(self, welcome: Callable[[Any], Awaitable[None]], method: str, *args: Any) -> None:
+    async def change_weights(self, welcome: Welcome, method: str, *args: Any) -> None:
         """Broadcasts a call that loads other weights, and welcomes newcomers to them from then on.
 
         No replica slips through: one that joins meanwhile is either among those that are called or waits, and then gets
-        the new welcome. Those that fail are replaced.
+        the new welcome. Those that fail are replaced; only where nobody is left, a newcomer is waited for.
 
         Raises:
-            RlhfError: Replicas were lost and the restarts of this time are used up.
+            RlhfError: See ``repair``.
         """
         async with self.changing_weights():
             try:

@@ -127,23 +127,18 @@ class Prober(ABC):
 
 
 class FleetProber(Prober):
-    """Probes the replicas of a fleet; one that is ended is replaced at once.
+    """Probes the replicas of a fleet; one that is ended is replaced as the fleet does it.
 
     Args:
         fleet: Whose.
         limits: See ``Prober``.
         on_stall: See ``Prober``.
         in_loop: See ``Prober``.
-        repair: Whether a lost replica is replaced at once, or by whoever needs it next: one that shares a GPU starts
-            in its own phase.
     """
 
-    def __init__(
-        self, fleet: Fleet, limits: ProbeLimits, on_stall: OnStall, *, in_loop: bool, repair: bool = True
-    ) -> None:
+    def __init__(self, fleet: Fleet, limits: ProbeLimits, on_stall: OnStall, *, in_loop: bool) -> None:
         super().__init__(fleet.role, limits, on_stall, in_loop=in_loop)
         self._fleet = fleet
-        self._repair = repair
 
     def _workers(self) -> list[Replica]:
         return [replica for replica in self._fleet.present if replica.state in PROBED]
@@ -159,10 +154,10 @@ class FleetProber(Prober):
 
     async def _well(self, worker: Replica, probe: Probe) -> None:
         worker.unfinished_tokens = probe.unfinished_tokens
-        await self._fleet.answered(worker, repair=self._repair)
+        await self._fleet.answered(worker)
 
     async def _end(self, worker: Replica, error: RlhfError) -> None:
-        await self._fleet.lose(worker, error, repair=self._repair)
+        self._fleet.lose(worker, error)
 
 
 class GangProber(Prober):

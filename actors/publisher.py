@@ -45,12 +45,16 @@ class BucketPublisher:
         note_version(fleet, version)
 
     async def publish(self, version: int) -> Mapping[str, float]:
-        """Returns when every replica serves ``version``; one that failed to take it was replaced by another that has.
+        """Returns when every healthy replica serves ``version``, and there is one.
+
+        One that failed to take it is replaced beside whatever comes next, and its replacement starts with the version
+        that is the newest then.
 
         Raises:
-            RlhfError: Replicas were lost and the fleet's restarts are used up.
+            RlhfError: See ``Fleet.repair``.
         """
         metrics: Mapping[str, float] = {}
+        missing = self.fleet.num_missing
         # The fleet first, as for a newcomer: one that is being welcomed to other weights would miss these.
         async with self.fleet.changing_weights(), self._gang.exporting():
             try:
@@ -60,9 +64,9 @@ class BucketPublisher:
                     raise
             self._version = version
             note_version(self.fleet, version)
-        if self.fleet.num_missing:
-            num_lost = self.fleet.num_missing
+        if (num_lost := self.fleet.num_missing - missing) > 0:
             self._event("publication_repair", role=self.fleet.role, version=version, num_lost=num_lost)
+        if self.fleet.num_missing:
             await self.fleet.repair()
         return metrics
 

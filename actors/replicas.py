@@ -74,6 +74,7 @@ class Replica:
         seen: When it last gave a sign of life, or was last called: seconds of the monotonic clock.
         unfinished_tokens: What it had drawn and not delivered at its last probe.
         missed_broadcast: Whether others were told something while it was suspect.
+        isolates: Whether it works on an item that is under suspicion.
     """
 
     index: int
@@ -84,6 +85,7 @@ class Replica:
     seen: float = field(default_factory=time.monotonic)
     unfinished_tokens: int = 0
     missed_broadcast: bool = False
+    isolates: bool = False
 
     def become(self, state: ReplicaState) -> None:
         """Changes the state."""

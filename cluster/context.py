@@ -214,7 +214,9 @@ class RunContext:
                 resources.max_restarts,
                 resources.restart_window_s,
             )
-            fleet = Fleet(role, lambda _: placer.spawn(worker, kwargs), placer.retire, self.event, limits)
+            in_turn = isinstance(self.gate, SharedGate) and role in sharing_roles(self.config.roles)
+            made = (lambda _: placer.spawn(worker, kwargs), placer.retire)
+            fleet = Fleet(role, *made, self.event, limits, in_turn=in_turn)
             self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from actors.prober import FleetProber, GangProber, ProbeLimits, Prober
 from cluster.autoscale import autoscale
-from cluster.sharing import sharing_roles
 from cluster.stalls import StallWatch
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ class Tending:
         """Tends a fleet whose first replicas serve; ``worker`` is their class."""
         role = fleet.role
         in_loop = inspect.iscoroutinefunction(getattr(worker, "probe", None))
-        shares = self._config.gate == "shared" and role in sharing_roles(self._config.roles)
-        prober = FleetProber(fleet, self._limits(role), self._stalls.stalled, in_loop=in_loop, repair=not shares)
+        prober = FleetProber(fleet, self._limits(role), self._stalls.stalled, in_loop=in_loop)
         self._fleets[role], self._probers[role] = fleet, prober
         self._start(role, "probe", prober.run())
         section = getattr(self._config.roles, role, None)

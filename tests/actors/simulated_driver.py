@@ -240,9 +240,9 @@ class Driver:
 
     async def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.marks.append(Counter(self.world.struck))
-        missing = self.fleets["generation"].num_missing
-        whole = self.plan.max_staleness or not missing  # with nothing else at work, what a publication lost is back
-        self.world.check(bool(whole), f"{missing} replicas are missing behind a publication")
+        fleet = self.fleets["generation"]
+        missing = 0 if self.plan.max_staleness else fleet.num_missing  # with nothing else at work: of the publication
+        self.world.check(not (missing and fleet._restarts.left), f"nobody replaces {missing} behind a publication")
 
     async def _evaluate(self, num_updates: int) -> None:
         prompts = [Prompt(f"v{num_updates}/{prompt.uid}", (), (1,)) for prompt in make_prompts(3)]

@@ -169,11 +169,14 @@ def drive(seed: int, mortality: float, sizes: list[int], limits: FleetLimits) ->
             if not failures:  # a failure lets the other shares go, though their workers may not know
                 assert world.cut_short == [], "a leaver was stopped in the middle of its work"
                 await fleet.repair()
-                assert len(fleet.healthy) == (sizes or [2])[-1]
+                await fleet.replaced()
+                assert len(fleet.healthy) == (sizes or [2])[-1] - fleet.num_missing
+                assert not fleet.num_missing or not fleet._restarts.left, "it goes on with fewer once they are used up"
                 await scatter_often(fleet, world, 2)
             else:
                 assert fleet._restarts.num_taken <= limits.max_restarts
 
+            await fleet.replaced()
             assert_books(fleet, world)
             await fleet.stop()
             assert not any(actor.alive for actor in world.actors)

@@ -101,6 +101,7 @@ def test_several_poisoned_items_among_many_replicas_are_each_found() -> None:
         assert {place: answer[0] for place, answer in bad.items()} == {1: "p1", 2: "p2", 7: "p7"}
         assert all("given up after it failed echo" in answer[1] for answer in bad.values())
         assert fleet._restarts.num_taken == 0 and fleet.backlog == 0
+        await fleet.replaced()
         assert len(fleet.healthy) == 3
 
     drive(3, {"p1": None, "p2": REFUSED, "p7": None}, body, max_restarts=8)

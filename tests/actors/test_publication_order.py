@@ -93,6 +93,8 @@ def test_a_replica_that_hangs_in_a_publication_costs_itself_alone() -> None:
         before = [replica.index for replica in run.fleet.healthy]
         run.world.faults.append(Fault("generation", "begin_update", "hang", after=1))
         await run.publisher().publish(run.world.first_version + 1)
+        assert [replica.index for replica in run.fleet.healthy] == [0, 2], "nobody waits for the replacement"
+        await run.fleet.replaced()
         assert run.versions() == [run.world.first_version + 1] * 3
         assert [replica.index for replica in run.fleet.healthy if replica.index in before] == [0, 2]
         assert run.events.count("replica_lost") == 1

@@ -57,12 +57,20 @@ class Told(list):
         return [fields for found, fields in self if found == kind]
 
 
-def drive(size: int, body: Callable[[Fleet, World, Told], Awaitable[None]], limits: FleetLimits | None = None) -> None:
+def drive(
+    size: int,
+    body: Callable[[Fleet, World, Told], Awaitable[None]],
+    limits: FleetLimits | None = None,
+    *,
+    in_turn: bool = False,
+) -> None:
     """Runs ``body`` on a fleet of fake actors that answer at once, and looks at its books afterwards."""
 
     async def run() -> None:
         world, told = World(random.Random(0), 0.0), Told()
-        fleet = Fleet("echo", world.spawn, world.retired.append, told, limits or FleetLimits(5.0, 5.0, 3))
+        fleet = Fleet(
+            "echo", world.spawn, world.retired.append, told, limits or FleetLimits(5.0, 5.0, 3), in_turn=in_turn
+        )
         async with asyncio.timeout(20):
             await fleet.scale(size)
             await body(fleet, world, told)
@@ -122,6 +130,7 @@ def test_a_welcome_that_fails_ends_a_stale_replica_and_another_takes_its_place()
         fleet.suspect(suspect, OVERDUE)
         await fleet.broadcast("load")
         await fleet.answered(suspect)
+        await fleet.replaced()
         assert [replica.index for replica in fleet.healthy] == [1, 2]
         assert "replica_recovered" not in told.kinds()
 
@@ -152,10 +161,8 @@ def test_the_work_of_a_suspect_that_is_lost_goes_to_its_replacement_which_is_sta
         await asyncio.sleep(0.01)
         world.never.clear()
         fleet.suspect(suspect, OVERDUE)
-        losing = asyncio.create_task(fleet.lose(suspect, LOST))
-        await asyncio.sleep(0)
+        fleet.lose(suspect, LOST)
         assert workers(await work) == [1, 1]
-        await losing
         assert fleet.states == {"healthy": 1}
         [lost] = told.of("replica_lost")
         assert lost["detect_s"] >= 0.01 and (lost["lost_steps"], lost["lost_tokens"]) == (0, 70)
@@ -170,25 +177,33 @@ def test_the_work_of_a_suspect_that_is_lost_goes_to_its_replacement_which_is_sta
 def test_a_lost_replica_is_restarting_until_its_replacement_serves() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
         world.never.add("start")
-        losing = asyncio.create_task(fleet.lose(fleet.healthy[0], LOST))
+        fleet.lose(fleet.healthy[0], LOST)
         while len(world.actors) < 3 or not world.actors[2].pending:
             await asyncio.sleep(0.001)
         assert fleet.states == {"healthy": 1, "restarting": 1, "starting": 1} and fleet.num_missing == 0
         world.never.clear()
         world.actors[2].pending[0].settle(None)
-        await losing
+        await fleet.replaced()
         assert fleet.states == {"healthy": 2}
 
     drive(2, body)
 
 
-def test_a_loss_without_repair_waits_for_whoever_needs_the_replica() -> None:
+def test_a_fleet_that_takes_turns_on_its_gpu_replaces_only_for_whoever_waits_for_it() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
-        await fleet.lose(fleet.healthy[0], LOST, repair=False)
+        fleet.lose(fleet.healthy[0], LOST)
         assert fleet.states == {"dead": 1} and fleet.num_missing == 1
-        assert workers(await fleet.scatter("answer", items(1))) == [1]
+        world.never.add("start")
+        work = asyncio.create_task(fleet.scatter("answer", items(1)))
+        while len(world.actors) < 2 or not world.actors[1].pending:
+            await asyncio.sleep(0.001)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        assert not world.actors[1].alive and fleet.states == {"dead": 1}, "another phase has the GPU now"
+        world.never.clear()
+        assert workers(await fleet.scatter("answer", items(1))) == [2]
 
-    drive(1, body)
+    drive(1, body, in_turn=True)
 
 
 def test_a_suspect_leaves_before_a_healthy_replica() -> None:
@@ -208,7 +223,7 @@ def test_a_loss_is_replaced_while_newcomers_wait_for_room() -> None:
             await asyncio.sleep(0.001)
         waiting = [actor.pending[0] for actor in world.actors[1:]]
         world.never.clear()
-        await fleet.lose(fleet.healthy[0], LOST)
+        fleet.lose(fleet.healthy[0], LOST)
         assert workers(await fleet.scatter("answer", items(2))) == [3, 3], "nobody waited for the newcomers"
         for start in waiting:
             start.settle(None)
