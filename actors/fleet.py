@@ -138,7 +138,8 @@ class Fleet(Members):
         Raises:
             RlhfError: See ``repair``; ``error`` where the fleet was stopped.
         """
-        self._drop(replica, error)
+        self.lose(replica, error)
+        await self._confirm()
         await self.repair()
         if not self.healthy:
             await self.available()  # of suspects

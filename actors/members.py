@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from actors.dispatch import Dispatch, Event
 from actors.replicas import JOINING, PRESENT, FleetLimits, Replica, ReplicaState, no_change
-from rlhf.errors import RlhfError
+from rlhf.errors import DeadlineError, RlhfError
 
 
 class Members(Dispatch):
@@ -25,6 +25,8 @@ class Members(Dispatch):
         self._wanted = 0
         self._next_index = 0
         self._changed = asyncio.Event()
+        self.ask: Callable[[Replica], Awaitable[object]] | None = None
+        """Returns when a replica has answered a probe; set by whoever probes the fleet."""
 
     @property
     def healthy(self) -> list[Replica]:
@@ -83,6 +85,23 @@ class Members(Dispatch):
         dead = [replica for replica in self._lost if replica.state is ReplicaState.DEAD]
         for replica in dead[self.num_missing :]:
             self._lost.remove(replica)
+
+    async def _confirm(self) -> None:
+        """Asks the healthy replicas whether they are there, before they take over what another one has failed with.
+
+        A node that goes away takes several, and the work of one must not seem to have taken the next one down.
+        """
+        if self.ask is None:
+            return
+        asked = self.healthy
+        answers = await asyncio.gather(*map(self.ask, asked), return_exceptions=True)
+        for replica, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, DeadlineError):
+                self.suspect(replica, answer)
+            elif isinstance(answer, RlhfError):
+                self.lose(replica, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
 
     async def settled(self) -> None:
         """Returns when no replica is suspect or on its way back from it.

@@ -139,6 +139,7 @@ class FleetProber(Prober):
     def __init__(self, fleet: Fleet, limits: ProbeLimits, on_stall: OnStall, *, in_loop: bool) -> None:
         super().__init__(fleet.role, limits, on_stall, in_loop=in_loop)
         self._fleet = fleet
+        fleet.ask = self._ask
 
     def _workers(self) -> list[Replica]:
         return [replica for replica in self._fleet.present if replica.state in PROBED]
@@ -148,6 +149,9 @@ class FleetProber(Prober):
 
     def _handle(self, worker: Replica) -> Any:
         return worker.handle
+
+    async def _ask(self, worker: Replica) -> None:
+        await self._probe(worker, f"{self.role}[{worker.index}].probe")
 
     def _overdue(self, worker: Replica, error: RlhfError) -> None:
         self._fleet.suspect(worker, error)

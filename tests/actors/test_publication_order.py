@@ -14,6 +14,7 @@ from actors.calls import await_ref
 from actors.fleet import Fleet, FleetLimits
 from actors.gang import LearnerGang
 from actors.publisher import BucketPublisher
+from rlhf.errors import ReplicaLostError
 from tests.actors.local_ray import LocalActor
 from tests.actors.simulated_roles import UPDATE_TIMEOUT_S, Engine, Fault, Meeting, Rank, World
 from tests.virtual_time import DeadlockError, VirtualTimeLoop
@@ -98,6 +99,41 @@ def test_a_replica_that_hangs_in_a_publication_costs_itself_alone() -> None:
         assert run.versions() == [run.world.first_version + 1] * 3
         assert [replica.index for replica in run.fleet.healthy if replica.index in before] == [0, 2]
         assert run.events.count("replica_lost") == 1
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_publications_do_not_wait_for_a_replacement_that_starts_and_it_gets_the_newest_weights() -> None:
+    async def body() -> None:
+        run = Published()
+        await run.fleet.scale(2)
+        version, publisher = run.world.first_version, run.publisher()
+        await publisher.publish(version)
+        [lost, _] = run.fleet.healthy
+        run.fleet.lose(lost, ReplicaLostError("echo", found="a death", needed="a life", action="None."))
+        await publisher.publish(version + 1)
+        await publisher.publish(version + 2)
+        assert run.versions() == [version + 2] and run.fleet.states["starting"] == 1
+        assert "publication_repair" not in run.events, "nobody was lost in one"
+        while run.fleet.states["starting"]:
+            await asyncio.sleep(0.1)
+        await publisher.publish(version + 3)  # while the newcomer is welcomed, or just behind
+        await run.fleet.replaced()
+        assert run.versions() == [version + 3] * 2
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_a_publication_waits_where_nobody_else_serves() -> None:
+    async def body() -> None:
+        run = Published()
+        await run.fleet.scale(1)
+        run.world.faults.append(Fault("generation", "receive_bucket", "die"))
+        await run.publisher().publish(run.world.first_version + 1)
+        assert run.versions() == [run.world.first_version + 1]
+        assert run.events.count("publication_repair") == 1
         await run.fleet.stop()
 
     drive(body())

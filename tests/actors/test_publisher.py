@@ -74,6 +74,8 @@ def test_a_replica_that_fails_to_take_the_weights_is_replaced_at_the_new_version
             await echo.fleet.scale(2)
             publication = Publication(echo)
             await publication.publisher.publish(4)
+            assert echo.fleet.healthy[0].index == 1
+            await echo.fleet.replaced()
             assert [replica.index for replica in echo.fleet.healthy] == [1, 2]
             assert await publication.seen() == [(4, WHOLE, ["start", *UPDATE])] * 2
             assert ("publication_repair", {"role": "echo", "version": 4, "num_lost": 1}) in echo.events
@@ -111,7 +113,8 @@ def test_newcomers_and_replacements_start_at_the_published_version() -> None:
             await echo.fleet.scale(2)
             assert [version for version, _, _ in await publication.seen()] == [-1, 3]
             await publication.publisher.publish(4)
-            assert workers_of(await echo.fleet.scatter("answer", items(2))) == [2, 1]
+            assert workers_of(await echo.fleet.scatter("answer", items(2))) == [1, 1]
+            await echo.fleet.replaced()
             assert [version for version, _, _ in await publication.seen()] == [4, 4]
             publication.gang.kill()
 

@@ -114,14 +114,13 @@ class OnlineRun(RuleBasedStateMachine):
             self._start()
 
     def _is_excused(self) -> bool:
-        """Whether some role was struck twice within a few steps, while the driver started, or too often for it."""
+        """Whether some role was struck twice within a few steps, or too often for it."""
         marks = self.driver.marks
         recent = Counter(self.world.struck) - marks[max(len(marks) - 3, 0)]
         in_all = Counter(self.world.struck) - marks[0]
-        outlived = 0 if self.driver.first_step is None else 1
         # A gang that is lost takes the welcome of a replacement with it, and so one more restart.
         most = max(in_all["scorer"], in_all["learner"] + in_all["generation"])
-        return max(recent.values(), default=0) > outlived or most > self.plan.max_restarts
+        return max(recent.values(), default=0) > 1 or most > self.plan.max_restarts
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 3.0, 10.0, 30.0, 100.0]))
     def time_passes(self, seconds: float) -> None:

@@ -105,6 +105,7 @@ async def main(wanted: dict[str, Any]) -> None:
         for fleet in roles.values():
             if isinstance(fleet, Fleet):
                 assert await fleet.scatter("say", list("abcdef")) == [f"a {letter}" for letter in "abcdef"]
+                await fleet.replaced()
     if lease is not None:
         await asyncio.to_thread(lease.close)
     disconnect()

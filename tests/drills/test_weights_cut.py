@@ -49,6 +49,7 @@ def test_a_replica_that_dies_between_buckets_never_serves(replicas: int, tell: C
             echo.times["began"] = began
             answers = await echo.fleet.scatter("answer", items(4))
             assert 0 not in workers_of(answers), "the one that died"
+            await echo.fleet.replaced()
             seen = await echo.fleet.broadcast("seen")
             assert [replica["version"] for replica in seen] == [4] * replicas
             assert all(replica["buckets"] == list(range(NUM_BUCKETS)) for replica in seen)
