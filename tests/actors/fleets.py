@@ -136,7 +136,7 @@ class EchoFleet:
     """A fleet of ``EchoWorker``s; ``faults`` are by index, so a replacement (another index) is well unless named."""
 
     faults: Mapping[int, Fault] = field(default_factory=dict)
-    limits: FleetLimits = field(default_factory=lambda: FleetLimits(30.0, 20.0, 3))
+    limits: FleetLimits = field(default_factory=lambda: FleetLimits(80.0, 20.0, 3))
     size: int = 4
     poison: str = ""
 

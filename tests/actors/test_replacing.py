@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import actors.fleet
-from actors.calls import await_ref
 from actors.fleet import Fleet, FleetLimits
+from actors.prober import FleetProber, ProbeLimits
 from actors.replicas import Replica
 from rlhf.errors import (
     DeadlineError,
@@ -118,10 +118,10 @@ def test_a_node_that_takes_several_replicas_puts_no_work_under_suspicion() -> No
         assert workers(await work) == [5, 5, 5]
 
     async def probed(fleet: Fleet, world: World, told: Told) -> None:
-        async def ask(replica: Replica) -> None:
-            await await_ref(replica.handle.probe.remote(), timeout_s=5.0, where=f"echo[{replica.index}].probe")
+        async def on_stall(who: str, seconds: float) -> None:
+            """Nobody stalls."""
 
-        fleet.ask = ask
+        FleetProber(fleet, ProbeLimits(), on_stall, in_loop=True)  # whoever probes tells the fleet how to ask
         await body(fleet, world, told)
 
     drive(probed, max_restarts=4)
