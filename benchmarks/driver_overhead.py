@@ -326,8 +326,8 @@ def _show(num_actors: int, num_tokens: int, costs: Sequence[Cost]) -> Cost:
     return cost
 
 
-async def run() -> dict[str, float]:
-    """Measures all cases and returns the ratios."""
+async def run() -> tuple[dict[str, float], Cost, Cost]:
+    """Measures all cases and returns the ratios, and the costs with the fewest actors and with the most."""
     bench = Bench()
     found: dict[tuple[int, int], Cost] = {}
     print("actors tokens   CPU ms  received KiB sent KiB rollouts/s   (per 1,000 rollouts, medians)", flush=True)
@@ -339,12 +339,13 @@ async def run() -> dict[str, float]:
     await bench.close()
     shortest, longest = (found[LENGTHS_AT, num_tokens] for num_tokens in (min(LENGTHS), max(LENGTHS)))
     fewest, most = (found[num_actors, ACTORS_AT] for num_actors in (min(ACTORS), max(ACTORS)))
-    return {
+    ratios = {
         "cpu_length": shortest.cpu_s / longest.cpu_s,
         "bytes_length": (shortest.sent + shortest.received) / (longest.sent + longest.received),
         "cpu_actors": fewest.cpu_s / most.cpu_s,
         "bytes_actors": (fewest.sent + fewest.received) / (most.sent + most.received),
     }
+    return ratios, fewest, most
 
 
 def main() -> None:
@@ -352,7 +353,7 @@ def main() -> None:
     began = time.monotonic()
     connect(None, num_cpus=4, object_store_bytes=STORE_BYTES)
     try:
-        ratios = asyncio.run(run())
+        ratios, fewest, most = asyncio.run(run())
     finally:
         disconnect()
     result = {
@@ -364,6 +365,10 @@ def main() -> None:
         },
         "target": TARGET,
         "limit": None,
+        "own_seconds": most.cpu_s,
+        "peer_seconds": fewest.cpu_s,
+        "tokens_sampled": 1000 * ACTORS_AT,
+        "tokens_trained": 1000 * ACTORS_AT,
         "ratios": ratios,
         "seconds": time.monotonic() - began,
     }

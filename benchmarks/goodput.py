@@ -4,12 +4,13 @@ Two arms of equal wall time after their first steps. In one of them a process is
 drawn among those that live (generation worker, its engine, scorer, learner rank, recorder, driver), then one of its
 processes. A driver that has ended is run again with the same command at once, as whoever watches over a run would do.
 What counts is the history of the weights that survived: the steps up to the newest checkpoint of each arm, whose
-rollouts have to be there once each. The last line is JSON; the ratio is disturbed over undisturbed.
+rollouts have to be there once each. The last line is JSON; the ratio is disturbed over undisturbed, and seconds are
+those for 1,000 trained tokens.
 
-    .venv/bin/python benchmarks/goodput.py [--minutes 8] [--seed 0] [--nodes 1] [--model FOLDER]
+    .venv/bin/python benchmarks/goodput.py [--minutes 8] [--seed 0] [--nodes 2] [--model FOLDER]
 
-Without ``--nodes`` each driver starts a private cluster, which ends with it; with ``--nodes 2`` the run joins a cluster
-of two nodes that outlives its drivers.
+The run joins a cluster of two nodes that outlives its drivers, as runs on a cluster do. With ``--nodes 1`` each driver
+starts a private cluster, which ends with it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from rlhf.runs.metrics import read_metrics
 from rlhf.runs.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the tests' model and cluster
 TARGET = 0.85
 STAGE = "rl"
 PROMPTS, SAMPLES, MAX_TOKENS, NUM_ROWS = 8, 4, 64, 64
@@ -77,7 +79,11 @@ def recipe(folder: Path, model: Path) -> dict[str, Any]:
         "max_sequence_tokens": 160,
         "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": True},
         "data": {"train": {"path": "prompts.jsonl"}},
-        "roles": {"generation": {**small, "replicas": 2, "engine": engine}, "scorer": small, "learner": small},
+        "roles": {
+            "generation": {**small, "replicas": 2, "engine": engine},
+            "scorer": {**small, "replicas": 2},
+            "learner": small,
+        },
         "recorder": {"cpus": 0.1},
         "ray": {"num_cpus": 4, "object_store_gib": 0.3},
         "stages": [
@@ -93,7 +99,7 @@ def recipe(folder: Path, model: Path) -> dict[str, Any]:
                     "steps": 10**6,
                     "prompts_per_step": PROMPTS,
                     "num_samples": SAMPLES,
-                    "checkpoint_every": 5,
+                    "checkpoint_every": 2,
                 },
             },
         ],
@@ -116,11 +122,13 @@ class Arm:
         folder: Empty.
         model: What it trains.
         address: Cluster to join; None starts a private one with every driver.
+        environment: Of its drivers.
     """
 
     folder: Path
     model: Path
     address: str | None
+    environment: Mapping[str, str]
     kills: list[Kill] = field(default_factory=list)
     num_drivers: int = 0
     codes: Counter[int] = field(default_factory=Counter)
@@ -135,7 +143,7 @@ class Arm:
     def _start(self) -> None:
         command = [sys.executable, "-m", "cluster.cli", "run", str(self._recipe)]
         command += [f"ray.address={self.address}"] if self.address else []
-        environment = dict(os.environ) | {RUN_MARK: self._mark}
+        environment = {**self.environment, RUN_MARK: self._mark}
         with (self.folder / "driver.log").open("a", encoding="utf-8") as log:
             self.driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.num_drivers += 1
@@ -271,29 +279,23 @@ def measure(arm: Arm, seconds: float, draw: random.Random | None) -> dict[str, A
         for role, (detected, recovered) in sorted(recoveries(arm.kills, events, arm.lines()).items()):
             told = [f"{statistics.median(v):.1f}" if v else "none" for v in (detected, recovered)]
             print(f"  {role:<12} {len(recovered)} times, detect_s {told[0]}, recover_s {told[1]} (medians)", flush=True)
-    return {"tokens_per_hour": 3600 * tokens / seconds, "faults": faults}
+    return {"tokens": tokens, "faults": faults}
 
 
 @contextlib.contextmanager
-def cluster_of(num_nodes: int) -> Iterator[str | None]:
-    """A cluster on this machine for all drivers, by its address; one node: none, each driver starts its own."""
+def cluster_of(num_nodes: int) -> Iterator[tuple[str | None, dict[str, str]]]:
+    """A cluster on this machine for all drivers: its address, and their environment. One node: each starts its own."""
     if num_nodes == 1:
-        yield None
+        yield None, dict(os.environ)
         return
-    from ray.cluster_utils import Cluster
+    from tests.joined import joined_cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-    try:
-        for _ in range(num_nodes - 1):
-            cluster.add_node(num_cpus=4)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+    with joined_cluster(*[{"num_cpus": 4}] * num_nodes) as cluster:
+        yield cluster.address, cluster.environment
 
 
 def tiny_model(folder: Path) -> Path:
     """The two-layer model of the tests: what is measured is recovery, not arithmetic."""
-    sys.path.insert(0, str(ROOT))
     from tests.tiny import build_tiny_model
 
     folder.mkdir()
@@ -305,7 +307,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Goodput under one SIGKILL a minute.")
     parser.add_argument("--minutes", type=float, default=8.0, help="length of each arm behind its first steps")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
-    parser.add_argument("--nodes", type=int, default=1, help="above 1: join a cluster of so many nodes")
+    parser.add_argument(
+        "--nodes", type=int, default=2, help="of the cluster that it joins; 1: drivers start theirs"
+    )
     parser.add_argument("--model", type=Path, help="folder of the model; a tiny one where none is given")
     arguments = parser.parse_args()
     seconds, arms = 60 * arguments.minutes, {}
@@ -313,15 +317,19 @@ def main() -> None:
         model = arguments.model or tiny_model(Path(name) / "model")
         for kind, draw in {"undisturbed": None, "disturbed": random.Random(arguments.seed)}.items():
             (Path(name) / kind).mkdir()
-            with cluster_of(arguments.nodes) as address:
-                arms[kind] = measure(Arm(Path(name) / kind, model, address), seconds, draw)
-    ratio = arms["disturbed"]["tokens_per_hour"] / max(arms["undisturbed"]["tokens_per_hour"], 1.0)
+            with cluster_of(arguments.nodes) as (address, environment):
+                arms[kind] = measure(Arm(Path(name) / kind, model, address, environment), seconds, draw)
+    own, peer = (max(arms[kind]["tokens"], 1.0) for kind in ("disturbed", "undisturbed"))
     result = {
         "name": "goodput",
-        "ratio": {"median": ratio, "min": ratio, "max": ratio},
+        "ratio": dict.fromkeys(("median", "min", "max"), own / peer),
         "target": TARGET,
         "limit": 1.0,
-        "tokens_per_hour": {kind: round(arm["tokens_per_hour"]) for kind, arm in arms.items()},
+        "own_seconds": 1000 * seconds / own,
+        "peer_seconds": 1000 * seconds / peer,
+        "tokens_sampled": 1000,
+        "tokens_trained": 1000,
+        "tokens_per_hour": {kind: round(3600 * arm["tokens"] / seconds) for kind, arm in arms.items()},
         "record_faults": sum(len(arm["faults"]) for arm in arms.values()),
     }
     print(json.dumps(result))
