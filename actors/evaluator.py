@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.health import ProbedThread
 from actors.store import Store, evidence_of, fetch_all, fetch_payload
@@ -24,6 +25,9 @@ from rlhf.types import GroupHandle, Handle, RolloutGroup
 Arms = Mapping[str, Sequence[GroupHandle]]
 """Groups by arm (``before``, ``after``). The scores' components hold ``judge_margin`` with a judge and
 ``reward_model`` with a reward model; ``annotations`` hold the start model's ``reference_log_probs``."""
+
+Reference = Sequence[NDArray[np.float32]]
+"""The start model's log-probs of a group's completions: K arrays [T_k]."""
 
 
 class EvaluatorWorker(ProbedThread):
@@ -71,9 +75,10 @@ class EvaluatorWorker(ProbedThread):
         drawn: list[dict[str, Any]] = []
         for arm, groups in arms.items():
             payloads = fetch_all(groups, self._store, fetch_payload, where="evaluator")
+            starts = fetch_all(groups, self._store, _log_probs_of_start, where="evaluator")
             self._write_verdicts(stage, arm, groups, payloads)
-            for handle, group in zip(groups, payloads, strict=True):
-                siblings = self._rows(arm, handle, group, instruments)
+            for handle, group, start in zip(groups, payloads, starts, strict=True):
+                siblings = self._rows(arm, handle, group, start, instruments)
                 best = _best(siblings[:best_of]) if arm == "before" else None
                 rows += siblings[:num_samples]
                 if best is not None:
@@ -116,10 +121,9 @@ class EvaluatorWorker(ProbedThread):
         return pair_accuracy(scores, ranks, self._config.bootstrap, clusters).model_dump()
 
     def _rows(
-        self, arm: str, handle: GroupHandle, group: RolloutGroup, instruments: Instruments
+        self, arm: str, handle: GroupHandle, group: RolloutGroup, reference: Reference, instruments: Instruments
     ) -> list[EvalCompletion]:
         fields = group.prompt.fields
-        reference = self._store.get(handle.annotations["reference_log_probs"])
         texts = [rollout.completion.text for rollout in group.rollouts]
         compounds = self._scorer.score(texts) if "sentiment" in instruments else [None] * len(texts)
         rows = []
@@ -148,6 +152,11 @@ class EvaluatorWorker(ProbedThread):
                 )
             )
         return rows
+
+
+def _log_probs_of_start(handle: GroupHandle, store: Store) -> Reference:
+    found: Reference = store.get(handle.annotations["reference_log_probs"])
+    return found
 
 
 def _best(siblings: Sequence[EvalCompletion]) -> EvalCompletion | None:

@@ -77,7 +77,7 @@ class EngineError(RlhfError):
 
 
 class ValueLostError(RlhfError):
-    """What a handle stands for went away with the node that held it."""
+    """What a handle stands for went away with the node that held it, or with the process that owned it."""
 
 
 class StoreFullError(RlhfError):
@@ -85,7 +85,8 @@ class StoreFullError(RlhfError):
 
 
 class RolloutsLostError(RlhfError):
-    """Rollout groups went away with the node that held them; their prompts are dispatched again by uid.
+    """Rollout groups went away with the node that held them or with their owner; their prompts are dispatched again by
+    uid.
 
     Args:
         where: Who tried to read them.
@@ -107,7 +108,7 @@ class RolloutsLostError(RlhfError):
             where,
             found=f"no rollouts of {uids[0]!r}{more} ({cause})",
             needed="every group that was drawn",
-            action="They are drawn again once; lost again, they end the stage. Look for a node that went away.",
+            action="They are drawn again; lost again and again, they end the stage. Look for what goes away.",
             uids=uids,
         )
 

@@ -18,10 +18,16 @@ async def judge_agreement(context: RunContext, feedback: str, uids: Collection[s
         uids: Prompts whose rankings count; None takes all.
     """
     from cluster.fleets import evaluator
+    from rlhf.loops.rollouts import repeated
 
-    recorder = await context.recorder()
-    rankings = await recorder.call("put_rankings", feedback, uids)
-    groups = await recorder.call("feedback_groups", feedback)
-    worker = await evaluator(context, context.config.report_card)
-    [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
-    return agreement
+    async def measure() -> dict[str, float]:
+        recorder = await context.recorder()
+        rankings = await recorder.call("put_rankings", feedback, uids)
+        groups = await recorder.call("feedback_groups", feedback)
+        worker = await evaluator(context, context.config.report_card)
+        [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
+        return agreement
+
+    return await repeated(
+        measure, lambda error: context.event("feedback_read_again", stage=feedback, error=str(error))
+    )

@@ -13,6 +13,7 @@ from rlhf.evaluation.report_card import ReportCardConfig
 
 if TYPE_CHECKING:
     from cluster.context import Policy, RunContext
+    from rlhf.errors import RlhfError
     from rlhf.evaluation.instruments import Instruments
     from rlhf.types import GroupHandle, Prompt, Score
 
@@ -37,10 +38,13 @@ class EvaluateStage(StrictModel):
 
 
 async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, Any]:
-    """Samples both models on ``data.evaluation``, scores them with every instrument and grades them."""
-    from cluster.fleets import evaluator
+    """Samples both models on ``data.evaluation``, scores them with every instrument and grades them.
+
+    Where rollouts are lost meanwhile it is done again: what an owner takes with it is most of them, and a seed draws
+    the same again.
+    """
     from rlhf.evaluation.instruments import choose_instruments
-    from rlhf.runs.progress import Progress
+    from rlhf.loops.rollouts import repeated
 
     prompts = context.prompts(stage.split)
     instruments = choose_instruments(
@@ -50,6 +54,23 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
         has_reward_model=(context.run.reward_model / "config.json").is_file(),
         where=f"stage {stage.name}",
     )
+
+    def lost(error: RlhfError) -> None:
+        uids = sorted(set(getattr(error, "uids", ())))
+        context.event("rollouts_drawn_again", where=f"stage {stage.name}", uids=uids, error=str(error))
+
+    report = await repeated(lambda: _evaluate(context, stage, prompts, instruments), lost)
+    _show(context, stage)
+    return {"eval": report, "notes": instruments.notes()}
+
+
+async def _evaluate(
+    context: RunContext, stage: EvaluateStage, prompts: Sequence[Prompt], instruments: Instruments
+) -> dict[str, Any]:
+    """Draws, measures and grades; its tables are replaced where it is repeated."""
+    from cluster.fleets import evaluator
+    from rlhf.runs.progress import Progress
+
     best_of = stage.best_of if "reward_model" in instruments else 0
     arms = {"before": (context.start, max(stage.num_samples, best_of)), "after": (context.policy, stage.num_samples)}
     sampled: dict[str, list[GroupHandle]] = {}
@@ -68,8 +89,8 @@ async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, A
     worker = await evaluator(context, stage.report_card)
     async with context.timed_gate(stage.name).hold("evaluator"):
         [report] = await worker.broadcast("evaluate", stage.name, measured, stage.num_samples, best_of, instruments)
-    _show(context, stage)
-    return {"eval": report, "notes": instruments.notes()}
+    found: dict[str, Any] = report
+    return found
 
 
 def _show(context: RunContext, stage: EvaluateStage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf.runs.checkpoint import Checkpoint
     from rlhf.runs.progress import Progress
     from rlhf.runs.saves import StageSaves
+    from rlhf.types import GroupHandle, Score
 
 
 class OnlineStage(StrictModel):
@@ -278,31 +280,49 @@ class _OnlineRun:
             MissingFeedbackError: Too many scores are missing; the mean of the rest must not choose a checkpoint.
         """
         from rlhf.feedback.missing import check_missing
+        from rlhf.loops.rollouts import Rollouts
 
         stage, version = self.stage, self.context.policy.version + num_updates
         prompts = self.context.prompts("validation")[: stage.validation_prompts or None]
         prompts = [dataclasses.replace(prompt, uid=f"v{num_updates}/{prompt.uid}") for prompt in prompts]
-        async with self.roles.gate.hold("generation"):
-            groups = await self.roles.generator.generate(prompts, num_samples=1, version=version, exact=True)
-        if self.validation_rewards is None:
-            self.validation_rewards = self.rewards.measuring()
-        scores = await self.validation_rewards.score(groups)
-        scored = [dataclasses.replace(group, scores=given) for group, given in zip(groups, scores, strict=True)]
-        card = self.context.config.report_card
-        recorder = await self.context.recorder()
-        columns = (card.subject_field, card.keywords_field)
-        found = await recorder.call("record_validation", stage.name, num_updates, scored, *columns)
+        where = f"{stage.name}'s validation {num_updates}"
+        rollouts = Rollouts(
+            self.roles.generator,
+            self.roles.gate,
+            prompts,
+            num_samples=1,
+            max_missing_fraction=1.0,  # prompts without an answer count below, together with missing scores
+            version=version,
+            exact=True,
+            where=where,
+            event=self.context.event,
+        )
+        await rollouts.draw()
+        scores, found = await rollouts.over(functools.partial(self._score_validation, num_updates))
         measures = {f"validation/{name}": value for name, value in found.items()}
         given = [score for siblings in scores for score in siblings]
         errors = [score.error for score in given if score.value is None]
-        errors += ["the prompt could not be answered"] * (len(prompts) - len(groups))
-        total = len(given) + len(prompts) - len(groups)
-        where = f"scores of {stage.name}'s validation {num_updates}"
+        num_lacking = len(prompts) - len(scores)
+        errors += ["the prompt could not be answered"] * num_lacking
+        total, where = len(given) + num_lacking, f"scores of {where}"
         check_missing(errors, total, stage.loop.max_missing_fraction, where)
         values = [score.value for score in given if score.value is not None]
         mean = sum(values) / len(values)
         self.validation = (num_updates, mean)
         self.context.metrics.log(validation_stage(stage.name), num_updates, {"validation/score": mean} | measures)
+
+    async def _score_validation(
+        self, num_updates: int, groups: list[GroupHandle]
+    ) -> tuple[list[tuple[Score, ...]], Mapping[str, float]]:
+        """Scores and records the samples of a validation; the scores, and what their texts measure. May be repeated."""
+        if self.validation_rewards is None:
+            self.validation_rewards = self.rewards.measuring()
+        scores = await self.validation_rewards.score(groups)
+        scored = [dataclasses.replace(group, scores=given) for group, given in zip(groups, scores, strict=True)]
+        card = self.context.config.report_card
+        columns = (card.subject_field, card.keywords_field)
+        recorder = await self.context.recorder()
+        return scores, await recorder.call("record_validation", self.stage.name, num_updates, scored, *columns)
 
     async def _checkpoint(self, num_updates: int, collected: Mapping[str, Any]) -> None:
         with self.context.timings.phase(f"{self.stage.name}/checkpoint"):

@@ -1,18 +1,19 @@
-"""The groups of one step or chunk, of which each is drawn a second time where it was lost with its node.
+"""The groups of one step or chunk, of which each is drawn again where it was lost.
 
-Handles outlive the replica that drew a group, but not the node that holds it. Whoever reads a group that is gone raises
-``RolloutsLostError`` with its uid; its prompt is then dispatched again, and all that had been done to the group is done
-to the one that takes its place. The other groups stay as they are.
+Handles outlive the replica that drew a group, but neither the node that holds it nor the recorder that owns it. Whoever
+reads a group that is gone raises ``RolloutsLostError`` with its uid; its prompt is then dispatched again, and all that
+had been done to the group is done to the one that takes its place. The other groups stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rlhf.errors import RolloutsLostError
+from rlhf.errors import RlhfError, RolloutsLostError, ValueLostError
 from rlhf.feedback.missing import check_missing
 from rlhf.protocols import Annotator, Generator, PhaseGate
 from rlhf.types import GroupHandle, Prompt, Score
@@ -24,6 +25,28 @@ T = TypeVar("T")
 Event = Callable[..., None]
 """Writes one line of the event log: ``event(kind, name=value, ...)``."""
 Work = Callable[[list[GroupHandle]], Awaitable[T]]
+
+MAX_REDRAWS = 3
+"""How often one group may be lost. A machine that goes away may take a restarted recorder with it once more; what is
+lost again and again has another cause."""
+
+
+async def repeated(work: Callable[[], Awaitable[T]], lost: Callable[[RlhfError], None]) -> T:
+    """Does work that draws or reads all it needs by itself, from its start where some of that was lost meanwhile.
+
+    Args:
+        work: It must leave nothing behind when it fails that its repetition does not replace.
+        lost: Is told of every loss.
+
+    Raises:
+        RolloutsLostError, ValueLostError: Something was lost more than ``MAX_REDRAWS`` times.
+    """
+    for _ in range(MAX_REDRAWS):
+        try:
+            return await work()
+        except (RolloutsLostError, ValueLostError) as error:
+            lost(error)
+    return await work()
 
 
 class Rollouts:
@@ -55,12 +78,16 @@ class Rollouts:
         event: Event,
     ) -> None:
         self.groups: list[GroupHandle] = []
-        self.drawn_again: set[str] = set()
-        """Uids of the groups that were lost once."""
+        self._num_redraws: Counter[str] = Counter()
         self._generator, self._gate, self._prompts = generator, gate, tuple(prompts)
         self._num_samples, self._version, self._exact = num_samples, version, exact
         self._where, self._event = where, event
         self._max_missing_fraction = max_missing_fraction
+
+    @property
+    def drawn_again(self) -> set[str]:
+        """Uids of the groups that were lost."""
+        return set(self._num_redraws)
 
     async def draw(self) -> None:
         """Draws every group. A prompt that the generator gave up is left out from here on.
@@ -80,7 +107,7 @@ class Rollouts:
         """Does ``work`` on all groups, again where some were lost; it must leave nothing behind when it raises that.
 
         Raises:
-            RolloutsLostError: A group was lost for the second time.
+            RolloutsLostError: A group was lost more than ``MAX_REDRAWS`` times.
         """
         while True:
             try:
@@ -106,9 +133,9 @@ class Rollouts:
     async def _draw_again(self, error: RolloutsLostError) -> None:
         places = [place for place, group in enumerate(self.groups) if group.uid in error.uids]
         lost = {self.groups[place].uid for place in places}
-        if not lost or lost & self.drawn_again:
+        if not lost or any(self._num_redraws[uid] >= MAX_REDRAWS for uid in lost):
             raise error
-        self.drawn_again |= lost
+        self._num_redraws.update(lost)
         self._event("rollouts_drawn_again", where=self._where, uids=sorted(lost), error=str(error))
         again = await self._generate([self._prompts[place] for place in places])
         if len(again) != len(places):  # lost, and then given up
@@ -172,8 +199,10 @@ class StepRollouts(Rollouts):
         self._done.append(self._score_again)
 
     async def _score_again(self, places: Sequence[int]) -> None:
-        scores = await self._roles.rewards.score([self.groups[place] for place in places])
-        self._set_scores(places, scores)
+        async def score(groups: list[GroupHandle]) -> list[tuple[Score, ...]]:
+            return await self._roles.rewards.score([groups[place] for place in places])
+
+        self._set_scores(places, await self.over(score))
 
     def _set_scores(self, places: Sequence[int], scores: Sequence[tuple[Score, ...]]) -> None:
         for place, siblings in zip(places, scores, strict=True):

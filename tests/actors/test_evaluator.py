@@ -13,7 +13,7 @@ import actors.evaluator
 from actors.evaluator import EvaluatorWorker
 from actors.rules import RulesWorker
 from actors.store import LocalStore
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, RolloutsLostError
 from rlhf.evaluation.bootstrap import BootstrapConfig
 from rlhf.evaluation.completions import from_wide
 from rlhf.evaluation.instruments import RESULTS, Instruments
@@ -32,6 +32,7 @@ from rlhf.types import (
     Verdict,
     VersionSpan,
 )
+from tests.actors.test_store import LossyStore
 
 CARD = ReportCardConfig(bootstrap=BootstrapConfig(num_resamples=100))
 ALL = Instruments({})
@@ -99,6 +100,15 @@ def test_every_sample_drawn_and_every_verdict_on_it_is_kept(tmp_path: Path) -> N
     assert [(row["reason"], row["texts"]) for row in verdicts[:2]] == [("said 0", [PRAISE]), ("said 1", [SCORN])]
     assert len(verdicts) == 4 and {(row["stage"], row["part"]) for row in verdicts} == {("final", "before")}
     assert not (tmp_path / "verdicts" / "final.after.parquet").exists(), "no judge was asked there"
+
+
+def test_a_group_is_lost_with_the_log_probs_that_were_put_for_it(tmp_path: Path) -> None:
+    kept, gone = group("p/0", [PRAISE], {}), group("p/1", [SCORN], {})
+    gone = dataclasses.replace(gone, annotations={"reference_log_probs": None})
+    with pytest.raises(RolloutsLostError) as caught:
+        EvaluatorWorker(tmp_path, LossyStore(), CARD).evaluate("final", {"after": [kept, gone]}, 1, 0, NONE)
+    assert caught.value.uids == ("p/1",)
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 @pytest.mark.parametrize(("best_of", "best"), [(2, 0.2), (3, 0.9), (0, None)])

@@ -19,9 +19,10 @@ from cluster.config import RunConfig
 from cluster.context import Policy, RunContext
 from cluster.stages.evaluate import EvaluateStage, run_evaluate
 from rlhf.config import validate
-from rlhf.errors import MissingFeedbackError
+from rlhf.errors import MissingFeedbackError, RolloutsLostError, ValueLostError
 from rlhf.loops.gate import BudgetGate
 from rlhf.runs.directory import RunDirectory
+from rlhf.runs.events import read_events
 from rlhf.runs.metrics import MetricsLogger
 from rlhf.runs.tables import read_table
 from rlhf.runs.timings import Timings
@@ -263,3 +264,33 @@ def test_an_evaluation_goes_on_with_as_many_missing_margins_as_its_fraction_allo
         asyncio.run(run_evaluate(context, stage))
     results = asyncio.run(run_evaluate(context, stage.model_copy(update={"max_missing_fraction": 0.125})))
     assert results["eval"]["missing"], "it is counted"
+
+
+def test_an_evaluation_whose_rollouts_are_lost_begins_again(
+    tmp_path: Path, asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fleets.evaluator
+    told = {"found": "OwnerDiedError", "needed": "it", "action": "None."}
+    losses = [ValueLostError("evaluator", **told), RolloutsLostError("evaluator", **told, uids=["p/1", "p/0", "p/1"])]
+
+    async def evaluator(context: RunContext, config: Any) -> Any:
+        fleet: Any = await whole(context, config)
+
+        def grade(*args: Any) -> Any:
+            if losses:
+                raise losses.pop()
+            return fleet._methods["evaluate"](*args)
+
+        return LocalFleet("evaluator", evaluate=grade)
+
+    monkeypatch.setattr(fleets, "evaluator", evaluator)
+    context = open_run(tmp_path, FILM, judged=True, rewarded=True, names=["evaluate"])
+    results = asyncio.run(run_evaluate(context, context.config.stages[0]))  # type: ignore[arg-type]
+    assert results["eval"]["num_completions"] == {"before": 8, "after": 8, "best_of_n": 4}
+    assert asked["generation"].calls == ["stream", "stream"] * 3, "both arms, from the model of each"
+    assert len(read_table(context.run.eval / "evaluate" / "completions.parquet")) == 8
+    again = [event for event in read_events(context.run.events.path) if event["kind"] == "rollouts_drawn_again"]
+    assert [(event["where"], event["uids"]) for event in again] == [
+        ("stage evaluate", ["p/0", "p/1"]),
+        ("stage evaluate", []),
+    ]

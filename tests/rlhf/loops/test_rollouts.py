@@ -1,4 +1,4 @@
-"""Groups lost with their node: drawn again once, brought to where the others stand, which stay as they are."""
+"""Groups that are lost: drawn again, brought to where the others stand, which stay as they are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf.errors import MissingFeedbackError, RolloutsLostError
+from rlhf.errors import MissingFeedbackError, RolloutsLostError, ValueLostError
 from rlhf.loops.online import train_online
+from rlhf.loops.rollouts import MAX_REDRAWS, repeated
 from rlhf.types import Score
 from tests.fakes import FakeRun, OpenGate, loop_config
 
@@ -67,19 +68,56 @@ def test_a_group_that_keeps_its_place_keeps_its_annotations() -> None:
     assert again.annotations == {"values": "p1, draw 2, call 2"}
 
 
-def test_groups_may_be_lost_one_after_another_but_each_once_a_step() -> None:
+def test_groups_may_be_lost_one_after_another() -> None:
     run = FakeRun(fail={("score", 0): lost("p0"), ("annotate", 0): lost("p1"), ("score", 3): lost("p2")})
     assert train(run, steps=2) == 2
     assert [fields["uids"] for _, fields in run.events] == [["p0"], ["p1"], ["p2"]]
     assert run.metrics[0]["rollout/drawn_again"] == 2
     assert_step_is_whole(run, 0)
 
-    twice = lost("p0")
-    run = FakeRun(fail={("score", 0): lost("p0", "p1"), ("annotate", 0): twice})
+
+def test_a_group_may_be_lost_again_but_not_for_ever() -> None:
+    run = FakeRun(fail={("score", 0): lost("p0", "p1"), ("annotate", 0): lost("p0"), ("update", 0): lost("p0")})
+    assert train(run, steps=1) == 1
+    assert run.drawn == [("p0", "p1"), ("p0", "p1"), ("p0",), ("p0",)]
+    assert run.metrics[0]["rollout/drawn_again"] == 2
+    assert_step_is_whole(run, 0)
+
+    last = lost("p0")
+    run = FakeRun(fail={("score", call): last if call == MAX_REDRAWS else lost("p0") for call in range(9)})
     with pytest.raises(RolloutsLostError) as caught:
         train(run, steps=1)
-    assert caught.value is twice
-    assert run.trained == [] and len(run.events) == 1
+    assert caught.value is last
+    assert run.trained == [] and len(run.events) == MAX_REDRAWS
+
+
+def test_a_group_may_be_lost_again_while_it_is_brought_up() -> None:
+    # The second scoring is of p1 alone, which is gone once more.
+    run = FakeRun(fail={("update", 0): lost("p1"), ("score", 1): lost("p1")})
+    assert train(run, steps=1) == 1
+    assert run.drawn == [("p0", "p1"), ("p1",), ("p1",)]
+    assert_step_is_whole(run, 0)
+
+
+def test_work_that_draws_for_itself_is_repeated_from_its_start_but_not_for_ever() -> None:
+    def repeat(num_losses: int) -> tuple[int, list[str]]:
+        calls, told = 0, []
+
+        async def work() -> int:
+            nonlocal calls
+            calls += 1
+            if calls <= num_losses:
+                gone = ValueLostError("store", found="a value", needed="it", action="None.")
+                raise lost("p0") if calls % 2 else gone
+            return calls
+
+        return asyncio.run(repeated(work, lambda error: told.append(error.where))), told
+
+    assert repeat(0) == (1, [])
+    assert repeat(2) == (3, ["fake[0]", "store"])
+    assert repeat(MAX_REDRAWS)[0] == MAX_REDRAWS + 1
+    with pytest.raises(ValueLostError):
+        repeat(MAX_REDRAWS + 1)
 
 
 def test_another_group_may_be_lost_while_one_is_brought_up() -> None:
