@@ -108,3 +108,8 @@ def _deadline(where: str, timeout_s: float) -> DeadlineError:
 def kill(handle: Any) -> None:
     """Ends an actor at once; one that is already gone is left alone."""
     ray.kill(handle, no_restart=True)
+
+
+def restart(handle: Any) -> None:
+    """Ends an actor's process at once; where the actor may be restarted, Ray starts another."""
+    ray.kill(handle, no_restart=False)

@@ -1,7 +1,8 @@
 """The recorder: writes what the other roles made, straight from the object store to parquet.
 
-One recorder lives as long as the run. It also owns the objects that other workers put (see ``actors.store``), so a
-rollout outlives the replica that drew it.
+One recorder serves the run. It also owns the objects that other workers put (see ``actors.store``), so a rollout
+outlives the replica that drew it. What it owns goes with its process, which Ray starts again: see
+``actors.remote_recorder``. What it had to know is in the files, so each of its methods may be called again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import uuid
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -93,6 +95,7 @@ class RecorderWorker(ProbedThread):
         self._store = store
         self._writes = threading.Condition()
         self._num_writing = 0
+        self._process = uuid.uuid4().hex
 
     def abandon(self) -> None:
         """Returns when nothing is written any more that a driver which is gone had asked for.
@@ -111,9 +114,10 @@ class RecorderWorker(ProbedThread):
                     action="Look at the file system of the run directory.",
                 )
 
-    def ping(self) -> bool:
-        """Answers; a caller that waits for it knows that the recorder is up."""
-        return True
+    def ping(self) -> str:
+        """Answers, which says that the recorder is up, with a name of its process: one that was restarted has another,
+        and nothing of what the one before it owned."""
+        return self._process
 
     def keep(self, value: Any) -> list[Handle]:
         """Puts a value for another worker and owns it from now on.

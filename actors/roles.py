@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.calls import await_ref
 from actors.dispatch import Missing
 from actors.fleet import Fleet
 from rlhf.errors import EngineError, JudgeError, ReplicaLostError, RlhfError, ScorerError
 from rlhf.feedback.rankings import RankingConfig
 from rlhf.types import GroupHandle, Judgement, Prompt, Score
+
+if TYPE_CHECKING:
+    from actors.remote_recorder import RemoteRecorder
 
 Meter = Callable[[str, int, float], None]
 """Receives a role, the tokens it worked through and the seconds that took."""
@@ -129,24 +131,6 @@ class FleetAnnotator:
     async def annotate(self, groups: Sequence[GroupHandle]) -> list[GroupHandle]:
         """See ``Annotator.annotate``."""
         return await _metered(self._fleet, self._meter, "annotate", groups)
-
-
-class RemoteRecorder:
-    """The one ``RecorderWorker`` of a run.
-
-    Args:
-        handle: The actor; it owns every rollout in the object store, so it lives as long as the run.
-        timeout_s: Longest wait for a write.
-    """
-
-    def __init__(self, handle: Any, *, timeout_s: float = 600.0) -> None:
-        self.handle = handle
-        self._timeout_s = timeout_s
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """Calls one method of the worker."""
-        ref = getattr(self.handle, method).remote(*args)
-        return await await_ref(ref, timeout_s=self._timeout_s, where=f"recorder.{method}")
 
 
 class StageRecorder:

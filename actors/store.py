@@ -1,7 +1,8 @@
 """Where rollouts live: the object store in a cluster, the process itself in tests without Ray.
 
 Workers are plain classes that are handed a ``Store``; they never import ray. ``RayStore`` hands what it puts to a
-long-lived actor, so that a rollout outlives the generation replica that drew it.
+long-lived actor, so that a rollout outlives the generation replica that drew it. What that actor owned is gone when it
+dies: whoever reads it finds ``ValueLostError``. Whoever puts waits for the actor to be restarted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from rlhf.errors import DeadlineError, RecordError, RolloutsLostError, StoreFullError, ValueLostError
+from rlhf.errors import DeadlineError, RecordError, RlhfError, RolloutsLostError, StoreFullError, ValueLostError
 from rlhf.types import GroupHandle, Handle, RolloutGroup, Verdict
 
 T = TypeVar("T")
@@ -56,12 +57,14 @@ class RayStore:
     Args:
         owner: Actor with a method ``keep(value)`` that returns a list with the handle, such as the recorder; it owns
             what is put. None makes the calling process the owner.
-        timeout_s: Longest wait for the owner, or for a value from another node.
+        timeout_s: Longest wait for the owner's answer, or for a value from another node.
+        restart_timeout_s: Longest wait for an owner that is being restarted.
     """
 
-    def __init__(self, owner: Any = None, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, owner: Any = None, *, timeout_s: float = 300.0, restart_timeout_s: float = 600.0) -> None:
         self._owner = owner
         self._timeout_s = timeout_s
+        self._restart_timeout_s = restart_timeout_s
 
     @property
     def owner(self) -> Any:
@@ -69,7 +72,7 @@ class RayStore:
         return self._owner
 
     def put(self, value: Any) -> Handle:
-        """Stores a value; with an owner, returns when the owner has it.
+        """Stores a value; with an owner, returns when the owner has it, after a restart of the owner where it dies.
 
         Raises:
             DeadlineError: The owner did not take it in time.
@@ -85,29 +88,26 @@ class RayStore:
         except ray.exceptions.GetTimeoutError:
             self._too_late("put", "the owner's answer")
         except ray.exceptions.ActorDiedError as error:  # of no replica that another one could stand in for
-            raise RecordError(
-                "object store, put",
-                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                needed="the run's recorder, which owns every rollout",
-                action="Look for a node that went away. Run the same command again: it starts another recorder and "
-                "goes on from the last checkpoint.",
-            ) from error
+            raise recorder_gone("object store, put", error) from error
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise _no_room(error) from error
 
     def _hand_over(self, value: Any) -> Handle:
-        """Has the owner put a value; one that cannot be reached is asked until Ray knows whether it is gone."""
+        """Has the owner put a value; one that cannot be reached is asked until Ray has restarted it or given it up."""
         import ray
 
-        deadline = time.monotonic() + self._timeout_s
+        away_since: float | None = None
         while True:
             try:
-                [handle] = ray.get(self._owner.keep.remote(value), timeout=max(deadline - time.monotonic(), 0.0))
+                [handle] = ray.get(self._owner.keep.remote(value), timeout=self._timeout_s)
                 return handle
-            except ray.exceptions.ActorUnavailableError:  # what it may have kept already is let go of again
-                if time.monotonic() >= deadline:
-                    self._too_late("put", "the owner's answer")
-            time.sleep(min(1.0, self._timeout_s / 10))
+            except ray.exceptions.RayActorError as error:  # what it may have kept already is let go of again
+                if not may_come_back(error):
+                    raise
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since >= self._restart_timeout_s:
+                    raise recorder_gone("object store, put", error) from error
+            time.sleep(min(1.0, self._restart_timeout_s / 10))
 
     def get(self, handle: Handle) -> Any:
         """Fetches a value.
@@ -137,6 +137,27 @@ class RayStore:
             needed=needed,
             action="Look at the recorder's log and at the network between the nodes.",
         ) from None
+
+
+def may_come_back(error: BaseException | None) -> bool:
+    """Whether a call failed as its actor could not be reached: it may be there again soon, restarted or not."""
+    import ray
+
+    # A node that a spot market takes back is told of as a death for good, also of an actor that Ray restarts.
+    unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+    return unreachable or (isinstance(error, ray.exceptions.ActorDiedError) and error.preempted)
+
+
+def recorder_gone(where: str, error: BaseException) -> RecordError:
+    """The error for a recorder that is not started again."""
+    found = error.found if isinstance(error, RlhfError) else str(error)
+    return RecordError(
+        where,
+        found=f"{type(error).__name__}: {found.strip().splitlines()[0]}",
+        needed="the run's recorder, which owns every rollout",
+        action="Look in events.jsonl for what it was lost to and why it was not started again: recorder.max_restarts, "
+        "recorder.labels. Run the same command again: it starts another recorder and goes on from the last checkpoint.",
+    )
 
 
 def _no_room(error: Exception) -> StoreFullError:

@@ -32,7 +32,8 @@ from actors.fleet import Fleet, FleetLimits
 from actors.gang import LearnerGang
 from actors.generation import GenerationWorker
 from actors.publisher import BucketPublisher
-from actors.roles import FleetGenerator, FleetScorer, RemoteRecorder, StageRecorder
+from actors.remote_recorder import RemoteRecorder
+from actors.roles import FleetGenerator, FleetScorer, StageRecorder
 from actors.store import RayStore, Store, fetch_all, fetch_payload
 from cluster.placement import connect, disconnect
 from rlhf.data.prompts import PromptCursor

@@ -84,7 +84,7 @@ def recipe(folder: Path, model: Path) -> dict[str, Any]:
             "scorer": {**small, "replicas": 2},
             "learner": small,
         },
-        "recorder": {"cpus": 0.1},
+        "recorder": small["resources"],
         "ray": {"num_cpus": 4, "object_store_gib": 0.3},
         "stages": [
             {"kind": "feedback", "source": "file", "data": {"path": "people.jsonl"}},

@@ -63,7 +63,7 @@ class Adoption:
         replaced: Collection[str] = (),
         gang: bool = False,
         fresh: bool = False,
-        max_concurrency: int | None = None,
+        **options: Any,
     ) -> Placer:
         """A placer with what is taken over, and room for the rest.
 
@@ -76,17 +76,17 @@ class Adoption:
             replaced: Arguments that a kept actor need not have, see ``fingerprint``.
             gang: Whether all of them are kept or none.
             fresh: Whether none is kept.
-            max_concurrency: See ``Placer``.
+            **options: Of the ``Placer``: ``max_concurrency``, ``restarts``.
 
         Raises:
             PlacementError: There was no room in time.
         """
         if self._lease is None:
-            return await Placer.reserved(role, resources, count, max_concurrency=max_concurrency)
+            return await Placer.reserved(role, resources, count, **options)
         mark = await asyncio.to_thread(fingerprint, worker, kwargs, resources, replaced=replaced)
         kept = await asyncio.to_thread(self._lease.claim, role, "" if fresh else mark, count, whole=gang)
-        options: dict[str, Any] = {"lease": self._lease, "kept": kept, "fingerprint": mark}
-        return await Placer.reserved(role, resources, count, max_concurrency=max_concurrency, **options)
+        options |= {"lease": self._lease, "kept": kept, "fingerprint": mark}
+        return await Placer.reserved(role, resources, count, **options)
 
     async def admit(self, role: str, placer: Placer, welcome: Welcome | None = None) -> None:
         """Brings kept actors to what they have to serve; one that cannot take it is ended and started anew later.

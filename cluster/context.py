@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.fleet import Fleet, FleetLimits
+from actors.fleet import Fleet
 from actors.gang import LearnerGang
 from actors.learner import LearnerWorker
 from actors.ranks import RankInfo
 from actors.recorder import RecorderWorker
-from actors.roles import RemoteRecorder
+from actors.remote_recorder import RemoteRecorder
 from actors.settings import LearnerConfig
 from actors.store import RayStore
 from cluster.adoption import Adoption, Welcome, adoptable
@@ -23,6 +23,7 @@ from cluster.config import RunConfig, Stage
 from cluster.control import ScaleRequests, clear_requests, request_stop
 from cluster.joining import joined_cluster
 from cluster.lease import Lease
+from cluster.limits import fleet_limits, probe_limits
 from cluster.observer import Board, observed
 from cluster.placement import Placer, cluster_nodes
 from cluster.planning import stage_plans
@@ -126,19 +127,23 @@ class RunContext:
         """The actor that writes samples to parquet and owns what roles put into the object store."""
         async with self._placing:
             if self._recorder is None:
+                resources = self.config.recorder
                 kwargs = {"run": self.run.root, "store": RayStore()}
                 made: dict[str, Any] = {"worker": RecorderWorker, "kwargs": kwargs, "replaced": ["run"]}  # files change
-                placer = await self._adoption.placer("recorder", self.config.recorder, 1, max_concurrency=4, **made)
-                self._placers["recorder"] = placer
+                made |= {"max_concurrency": 4, "restarts": resources.max_restarts > 0}
+                placer = self._placers["recorder"] = await self._adoption.placer("recorder", resources, 1, **made)
                 await self._adoption.admit("recorder", placer)
-                self._recorder = RemoteRecorder(await asyncio.to_thread(placer.spawn, RecorderWorker, kwargs))
-                await self._recorder.call("ping")
-                self._tending.actor("recorder", self._recorder.handle)
+                handle = await asyncio.to_thread(placer.spawn, RecorderWorker, kwargs)
+                limits, probes = fleet_limits(resources), probe_limits(resources)
+                recorder = RemoteRecorder(handle, self.event, limits=limits, probes=probes)
+                await recorder.start()
+                self._recorder = recorder
+                self._tending.recorder(recorder)
         return self._recorder
 
     async def store(self) -> RayStore:
         """The object store, with the recorder as owner of what is put."""
-        return RayStore((await self.recorder()).handle)
+        return RayStore((await self.recorder()).handle, restart_timeout_s=self.config.recorder.start_timeout_s)
 
     def prompts(self, purpose: str) -> list[Prompt]:
         """The prompts of ``train``, ``validation`` or ``evaluation``."""
@@ -208,15 +213,9 @@ class RunContext:
             placer = self._placers[role] = await self._adoption.placer(
                 role, resources, wanted, worker=worker, kwargs=kwargs, replaced=welcomed
             )
-            limits = FleetLimits(
-                resources.start_timeout_s,
-                resources.call_timeout_s,
-                resources.max_restarts,
-                resources.restart_window_s,
-            )
             in_turn = isinstance(self.gate, SharedGate) and role in sharing_roles(self.config.roles)
             made = (lambda _: placer.spawn(worker, kwargs), placer.retire)
-            fleet = Fleet(role, *made, self.event, limits, in_turn=in_turn)
+            fleet = Fleet(role, *made, self.event, fleet_limits(resources), in_turn=in_turn)
             self._fleets[role] = fleet
         async with self.gate.hold(role):  # loading and warming up use all cores too
             with self.timings.phase(f"start/{role}"):

@@ -7,6 +7,7 @@ rest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group_table
 
 from cluster.keeper import NAMESPACE, Grant, Holding, Keeper, end_actors, end_named, remove_group
@@ -304,22 +305,34 @@ def _names(prefix: str, grant: Grant) -> set[str]:
 
 def _answering(names: Sequence[str]) -> list[tuple[str, Any]]:
     """Those of the actors that are alive, have given up their work and said so, in the order of the names."""
-    asked: dict[str, tuple[Any, Any]] = {}
+    handles: dict[str, Any] = {}
     for name in names:
-        try:
-            handle: Any = ray.get_actor(name, NAMESPACE)
-        except ValueError:  # it died with its node, or after its driver
-            continue
-        method = handle.abandon if hasattr(handle, "abandon") else handle.__ray_ready__
-        asked[name] = (handle, method.remote())
-    if asked:
-        ray.wait([ref for _, ref in asked.values()], num_returns=len(asked), timeout=ANSWER_S)
-    return [(name, handle) for name, (handle, ref) in asked.items() if _succeeded(ref)]
+        with contextlib.suppress(ValueError):  # it died with its node, or after its driver
+            handles[name] = ray.get_actor(name, NAMESPACE)
+    deadline = time.monotonic() + ANSWER_S
+    answering: set[str] = set()
+    asked = {name: _ask_to_give_up(handle) for name, handle in handles.items()}
+    while asked:
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=max(deadline - time.monotonic(), 0.0))
+        answers = {name: _succeeded(ref) for name, ref in asked.items()}
+        answering |= {name for name, succeeded in answers.items() if succeeded}
+        if time.monotonic() >= deadline:
+            break
+        asked = {name: _ask_to_give_up(handles[name]) for name, succeeded in answers.items() if succeeded is None}
+    return [(name, handle) for name, handle in handles.items() if name in answering]
 
 
-def _succeeded(ref: Any) -> bool:
+def _ask_to_give_up(handle: Any) -> Any:
+    method = handle.abandon if hasattr(handle, "abandon") else handle.__ray_ready__
+    return method.remote()
+
+
+def _succeeded(ref: Any) -> bool | None:
+    """None of an actor that Ray is just restarting; it can be asked again."""
     try:
         ray.get(ref, timeout=1.0)
+    except ActorUnavailableError:
+        return None
     except (RayError, GetTimeoutError):  # it died, is at something else still, or cannot be used any more
         return False
     return True

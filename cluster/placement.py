@@ -158,6 +158,8 @@ class Placer:
         count: Actors of the first group.
         max_concurrency: Calls that an actor of plain methods runs at a time, in threads; None leaves Ray's default,
             which is one, and many for coroutines.
+        restarts: Whether Ray starts an actor again, under its handle and as often as it dies, until somebody ends it
+            for good. Its place is given another node where the first one is gone.
         lease: Of a run on a joined cluster, whose actors and groups outlive the driver.
         kept: Actors of an earlier driver; ``spawn`` hands them out before it creates any.
         fingerprint: Of the role's workers, for the next driver.
@@ -170,6 +172,7 @@ class Placer:
         count: int,
         *,
         max_concurrency: int | None = None,
+        restarts: bool = False,
         lease: Lease | None = None,
         kept: Sequence[Kept] = (),
         fingerprint: str = "",
@@ -177,6 +180,7 @@ class Placer:
         self._role = role
         self._count = count
         self._max_concurrency = max_concurrency
+        self._restarts = restarts
         self._resources = resources
         self._bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         self._lock = threading.Lock()
@@ -295,7 +299,7 @@ class Placer:
             .options(
                 num_cpus=self._resources.cpus,
                 num_gpus=self._resources.gpus,
-                max_restarts=0,
+                max_restarts=-1 if self._restarts else 0,
                 max_task_retries=0,
                 max_concurrency=self._max_concurrency,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(slot[0], placement_group_bundle_index=slot[1]),
@@ -332,6 +336,9 @@ class Placer:
         self._closed.set()
         with self._lock:
             groups, self._groups = self._groups, []
+            if self._restarts:  # the end of its place alone would be one more death to restart it after
+                for handle in self._taken:
+                    kill(handle)
             self._forget(self._taken)
             self._taken, self._free = {}, []
             self._kept.clear()

@@ -8,13 +8,16 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from actors.prober import FleetProber, GangProber, ProbeLimits, Prober
+from actors.remote_recorder import ROLE
 from cluster.autoscale import autoscale
+from cluster.limits import probe_limits
 from cluster.stalls import StallWatch
 
 if TYPE_CHECKING:
     from actors.dispatch import Event
     from actors.fleet import Fleet
     from actors.gang import LearnerGang
+    from actors.remote_recorder import RemoteRecorder
     from cluster.config import RunConfig
     from rlhf.runs.directory import RunDirectory
 
@@ -61,9 +64,10 @@ class Tending:
         self._gangs[gang.role], self._probers[gang.role] = gang, prober
         self._start(gang.role, "probe", prober.run())
 
-    def actor(self, name: str, handle: Any) -> None:
-        """Asks an actor that is neither fleet nor gang for its stacks too."""
-        self._alone[name] = handle
+    def recorder(self, recorder: RemoteRecorder) -> None:
+        """Tends the recorder, to the end of the driver."""
+        self._alone[ROLE] = recorder.handle
+        self._start(ROLE, "probe", recorder.watch())
 
     async def by_hand(self, role: str) -> None:
         """Leaves a role's replicas to ``rlhf scale``, for as long as this driver lives."""
@@ -83,8 +87,7 @@ class Tending:
         await self._end(list(self._tasks))
 
     def _limits(self, role: str) -> ProbeLimits:
-        resources = self._config.resources(role)
-        return ProbeLimits(resources.probe_every_s, resources.probe_timeout_s, resources.stall_timeout_s)
+        return probe_limits(self._config.resources(role))
 
     def _start(self, role: str, what: str, work: Coroutine[Any, Any, None]) -> None:
         if ("", "stalls") not in self._tasks:

@@ -38,10 +38,10 @@ class Resources(StrictModel):
     """Longest wait for one call."""
     max_restarts: int = Field(default=3, ge=0)
     """Dead replicas of a fleet that are replaced within ``restart_window_s``, before it goes on with those that are
-    left and ends the run when none is; and lost gangs of learners that are started again without a newer checkpoint in
-    between."""
+    left and ends the run when none is; restarts of the recorder in that time, before the run ends; and lost gangs of
+    learners that are started again without a newer checkpoint in between."""
     restart_window_s: float = Field(default=3600.0, gt=0)
-    """Seconds after which the replacement of a dead replica no longer counts."""
+    """Seconds after which the replacement of a dead replica, or a restart of the recorder, no longer counts."""
 
     probe_every_s: float = Field(default=10.0, gt=0)
     """Seconds between two probes of an actor; a start is not probed."""

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from rlhf.errors import ValueLostError
 
@@ -92,11 +92,18 @@ class LocalActor:
         for task, reply in calls.items():
             if task is not asyncio.current_task():
                 task.cancel()
-            reply.settle(ActorDiedError())
+            reply.settle(self._failure())
+
+    def end(self) -> None:
+        """What ``ray.kill`` does."""
+        self.die()
+
+    def _failure(self) -> Exception:
+        return ActorDiedError()
 
     def submit(self, method: str, reply: LocalRef | LocalStream, args: tuple[Any, ...]) -> Any:
         if not self.alive:
-            reply.settle(ActorDiedError())
+            reply.settle(self._failure())
             return reply
         task = asyncio.get_event_loop().create_task(self._run(method, reply, args))
         self._calls[task] = reply
@@ -127,6 +134,53 @@ class LocalActor:
         return None
 
 
+class RestartingActor(LocalActor):
+    """An actor that is started again some time after each death, with a new worker, until it is ended.
+
+    Args:
+        make: Makes a worker of this actor.
+        role: Name in errors.
+        restart_s: Seconds from a death to the next life.
+        on_death: Called with each death.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[LocalActor], Any],
+        role: str,
+        *,
+        restart_s: float = 5.0,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(None, role)
+        self._make, self._restart_s, self._on_death = make, restart_s, on_death
+        self._restart: asyncio.TimerHandle | None = None
+        self.ended = False
+        self.worker = make(self)
+
+    def die(self) -> None:
+        if self.alive:
+            super().die()
+            self._on_death()
+            self._restart = asyncio.get_event_loop().call_later(self._restart_s, self.come_back)
+
+    def end(self) -> None:
+        self.ended = True
+        self.die()
+        if self._restart is not None:
+            self._restart.cancel()
+
+    def come_back(self) -> None:
+        """Begins the next life now."""
+        if not self.ended and not self.alive:
+            assert self._restart is not None, "set by its death"
+            self._restart.cancel()
+            self.worker, self.alive = self._make(self), True
+
+    def _failure(self) -> Exception:
+        return ActorDiedError() if self.ended else ActorUnavailableError("The actor is restarting.", b"0" * 16)
+
+
 @dataclass
 class _Method:
     """What ``handle.method`` gives: ``remote`` and ``options(...).remote``."""
@@ -135,9 +189,9 @@ class _Method:
     name: str
     reply: Callable[[], LocalRef | LocalStream] = LocalRef
 
-    def options(self, *, num_returns: str) -> _Method:
-        assert num_returns == "streaming"
-        return _Method(self.actor, self.name, LocalStream)
+    def options(self, *, num_returns: str = "", concurrency_group: str = "") -> _Method:
+        assert num_returns == "streaming" or concurrency_group
+        return _Method(self.actor, self.name, LocalStream if num_returns else LocalRef)
 
     def remote(self, *args: Any) -> Any:
         return self.actor.submit(self.name, self.reply(), args)

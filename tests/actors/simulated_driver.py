@@ -18,8 +18,9 @@ from actors.calls import await_ref, kill
 from actors.fleet import Fleet, FleetLimits
 from actors.gang import LearnerGang
 from actors.publisher import BucketPublisher
+from actors.remote_recorder import RemoteRecorder
 from actors.restarts import ProgressBudget
-from actors.roles import FleetGenerator, FleetScorer, RemoteRecorder, StageRecorder
+from actors.roles import FleetGenerator, FleetScorer, StageRecorder
 from rlhf.data.prompts import PromptCursor
 from rlhf.errors import LearnerError, RlhfError
 from rlhf.loops.gate import BudgetGate, GatedSource
@@ -28,7 +29,7 @@ from rlhf.rewards.config import RewardModelPart
 from rlhf.rewards.mixture import Mixture
 from rlhf.types import Prompt
 from tests.actors.local_ray import LocalActor
-from tests.actors.simulated_roles import UPDATE_TIMEOUT_S, Engine, Meeting, Rank, Recorder, Scorer, World
+from tests.actors.simulated_roles import UPDATE_TIMEOUT_S, Engine, Meeting, Rank, Scorer, World
 from tests.fakes import make_prompts
 
 SEED = 7
@@ -102,7 +103,7 @@ class Driver:
         """Where the loop began last; None until it has."""
         shares = dict.fromkeys(("generation", "scorer", "learner", "publish"), 1.0) if plan.exclusive else {}
         self.gate = BudgetGate(shares)
-        limits = FleetLimits(600.0, CALL_TIMEOUT_S, plan.max_restarts, 1e9)
+        limits = self._limits = FleetLimits(600.0, CALL_TIMEOUT_S, plan.max_restarts, 1e9)
         self.fleets = {
             "generation": Fleet("generation", self._spawn_engine, world.retire, self.event, limits),
             "scorer": Fleet("scorer", self._spawn_scorer, world.retire, self.event, limits),
@@ -130,8 +131,9 @@ class Driver:
 
     async def run(self) -> int:
         """Runs to the end or to a stop; returns the number of updates done."""
-        recorder = self.world.actor("recorder", Recorder(self.world))
-        control = asyncio.create_task(self._control())
+        actor = self.world.recorder()
+        recorder = RemoteRecorder(actor, self.event, limits=self._limits)
+        beside = [asyncio.create_task(self._control()), asyncio.create_task(recorder.watch())]
         try:
             for role, size in {"generation": self.plan.replicas, "scorer": self.plan.num_scorers}.items():
                 async with self.gate.hold(role):
@@ -145,11 +147,12 @@ class Driver:
                     if not budget.take():
                         raise
         finally:
-            control.cancel()
-            await asyncio.gather(control, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             for fleet in self.fleets.values():
                 await fleet.stop()
-            self._end([recorder])
+            self._end([actor])
 
     def _spawn_engine(self, index: int) -> LocalActor:
         self.spawned["generation"] += 1
@@ -172,7 +175,7 @@ class Driver:
             except RlhfError as error:
                 self.event("scaling_failed", role=role, error=str(error))
 
-    async def _life(self, recorder: LocalActor) -> int:
+    async def _life(self, recorder: RemoteRecorder) -> int:
         """One life of the learners; see ``cluster.stages.online``."""
         fleet, version = self.fleets["generation"], self.world.first_version
         self.world.life += 1
@@ -189,7 +192,7 @@ class Driver:
                 self._gang, fleet, self.event, version=version, bucket_bytes=1000, timeout_s=UPDATE_TIMEOUT_S / 3
             )
             try:
-                return await self._steps(publisher, StageRecorder(RemoteRecorder(recorder), "rl"))
+                return await self._steps(publisher, StageRecorder(recorder, "rl"))
             finally:
                 fleet.welcome = None
         finally:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.store import fetch_all, fetch_payload
-from rlhf.errors import EngineError, PublicationError, RolloutsLostError
+from rlhf.errors import EngineError, PublicationError, RecordError, RolloutsLostError
 from rlhf.runs.places import FileEntry
 from rlhf.types import GroupHandle, Prompt, Score
 from rlhf.weights import combine_digests
-from tests.actors.local_ray import LocalActor, LosingStore, Stored
+from tests.actors.local_ray import LocalActor, LosingStore, RestartingActor, Stored
 
 NUM_BUCKETS = 2
 UPDATE_TIMEOUT_S = 600.0
@@ -85,7 +85,9 @@ class World:
     places: Counter[LocalActor] = field(default_factory=Counter)
     """1 for an actor that has a place, 0 once it was given back."""
     lost: set[str] = field(default_factory=set)
-    """Uids of groups that went away with their node."""
+    """Uids of groups that went away with their node or with the recorder."""
+    owner: RestartingActor | None = None
+    """The recorder."""
     life: int = 0
     """Counts the lives of the learners."""
     delivered: dict[tuple[int, str], Stored] = field(default_factory=dict)
@@ -105,6 +107,33 @@ class World:
         self.actors.append(actor)
         self.places[actor] = 1
         return actor
+
+    def recorder(self) -> LocalActor:
+        """Places and starts the recorder, which is started again when it dies; what it owned is gone then."""
+
+
+        def make(actor: LocalActor) -> Recorder:
+            worker = Recorder(self)
+            worker.actor = actor
+            return worker
+
+        actor = self.owner = RestartingActor(make, "recorder", on_death=self.lose_rollouts)
+        self.actors.append(actor)
+        self.places[actor] = 1
+        return actor
+
+    def lose_rollouts(self) -> None:
+        """Every group that stands in the store goes away."""
+        for handle in [handle for handle, value in self.store.values.items() if isinstance(value, Drawn)]:
+            self.lost.add(self.store.values.pop(handle).uid)
+
+    async def put_rollouts(self, drawn: Drawn) -> Stored:
+        """Has the recorder own a group, when it is there."""
+        while self.owner is not None and not self.owner.alive:
+            if self.owner.ended:
+                raise RecordError("store", found="no recorder", needed="one", action="Run the command again.")
+            await asyncio.sleep(1.0)
+        return self.store.put(drawn)
 
     def retire(self, actor: LocalActor) -> None:
         """Takes the place of an ended actor back."""
@@ -203,7 +232,7 @@ class Engine(Worker):
                 raise EngineError("engine", found="an update that failed", needed="weights", action="Publish them.")
             kept = self.world.delivered.get((life, prompt.uid))
             self.world.check(kept not in self.world.store.values, f"{prompt.uid} was there and is drawn again")
-            drawn = self.world.store.put(Drawn(prompt.uid, self.world.number(), oldest, self.weights))
+            drawn = await self.world.put_rollouts(Drawn(prompt.uid, self.world.number(), oldest, self.weights))
             yield GroupHandle(prompt.uid, drawn, 3, (4,) * num_samples, (served, self.version))
             self.world.delivered[life, prompt.uid] = drawn
 
@@ -273,6 +302,10 @@ class Recorder(Worker):
 
     def __init__(self, world: World) -> None:
         super().__init__(world, "recorder")
+        self._process = f"process {world.number()}"
+
+    async def ping(self) -> str:
+        return self._process
 
     async def record(self, stage: str, step: int, groups: Sequence[GroupHandle]) -> None:
         await self.reach("record", 0.2)

@@ -30,9 +30,10 @@ POINTS = {
     "learner": ["start", "read", "update", "put_bucket", "save", "load"],
 }
 PLACES = st.sampled_from([(role, point) for role, points in POINTS.items() for point in points])
-ROLES = st.sampled_from(["generation", "generation", "scorer", "learner", "learner"])
+ROLES = st.sampled_from(["generation", "generation", "scorer", "learner", "learner", "recorder"])
 GAPS = [0.05, 1.0, 10.0, 25.0]
-READERS = st.sampled_from([("scorer", "score"), ("recorder", "record"), ("learner", "read")])
+_READERS = [("scorer", "score"), ("recorder", "record"), ("learner", "read")]
+READERS = st.sampled_from(_READERS)
 KINDS = st.sampled_from(["die", "die", "die", "hang", "fail"])
 PLANS = st.builds(
     Plan,
@@ -53,7 +54,7 @@ LIMIT_S = 30 * 24 * 3600.0
 @pytest.fixture(autouse=True, scope="module")
 def local_kill():
     patch = pytest.MonkeyPatch()
-    patch.setattr(ray, "kill", lambda actor, no_restart=True: actor.die())
+    patch.setattr(ray, "kill", lambda actor, no_restart=True: actor.end() if no_restart else actor.die())
     yield
     patch.undo()
 
@@ -119,7 +120,7 @@ class OnlineRun(RuleBasedStateMachine):
         recent = Counter(self.world.struck) - marks[max(len(marks) - 3, 0)]
         in_all = Counter(self.world.struck) - marks[0]
         # A gang that is lost takes the welcome of a replacement with it, and so one more restart.
-        most = max(in_all["scorer"], in_all["learner"] + in_all["generation"])
+        most = max(in_all["scorer"], in_all["recorder"], in_all["learner"] + in_all["generation"])
         return max(recent.values(), default=0) > 1 or most > self.plan.max_restarts
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 3.0, 10.0, 30.0, 100.0]))
@@ -183,6 +184,17 @@ class OnlineRun(RuleBasedStateMachine):
         self.world.struck.append("store")
         self._pass(0.05)
 
+    @precondition(_is_calm)
+    @rule(at=st.sampled_from([*_READERS, ("generation", "stream"), ("learner", "update")]), in_it=st.booleans())
+    def the_recorder_dies(self, at: tuple[str, str], in_it: bool) -> None:
+        """With all rollouts, when somebody has come to one of these points, or in the middle of its next record."""
+        self._pass_until(at)
+        if in_it:
+            self.world.faults.append(Fault("recorder", "record", "die"))
+        for actor in () if in_it else self.world.living("recorder"):
+            self._do(functools.partial(self.world.strike, actor))
+        self._pass(0.05)
+
     @precondition(lambda self: not self.is_finished)
     @rule()
     def the_driver_is_told_to_stop(self) -> None:
@@ -210,7 +222,7 @@ class OnlineRun(RuleBasedStateMachine):
                     task.cancel()
                 await asyncio.wait(others)
             for actor in self.world.actors:
-                actor.die()
+                actor.end()
                 self.world.places[actor] = 0
             self.world.store.values.clear()
 

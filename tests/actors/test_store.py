@@ -12,7 +12,8 @@ import pytest
 
 from actors.dispatch import REPLACEABLE
 from actors.recorder import RecorderWorker
-from actors.roles import FleetScorer, RemoteRecorder, StageRecorder
+from actors.remote_recorder import RemoteRecorder
+from actors.roles import FleetScorer, StageRecorder
 from actors.rules import RulesWorker
 from actors.store import LocalStore, RayStore, fetch_all, fetch_payload
 from actors.training_groups import fetch_group
@@ -84,9 +85,10 @@ def test_an_owner_that_is_gone_is_no_fault_of_the_replica_that_puts(monkeypatch:
         raise unreachable.pop() if unreachable else ray.exceptions.ActorDiedError
 
     monkeypatch.setattr(ray, "get", refuse)
+    monkeypatch.setattr("actors.store.time.sleep", lambda seconds: None)
     owner = SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
     with pytest.raises(RecordError, match="Run the same command again") as caught:
-        RayStore(owner, timeout_s=1.0).put(1)
+        RayStore(owner).put(1)
     assert not unreachable, "it is asked until it is known to be gone"
     assert not isinstance(caught.value, REPLACEABLE), "another replica would find it gone, too"
 
@@ -102,11 +104,17 @@ def test_an_owner_that_can_be_reached_again_takes_what_is_put(monkeypatch: pytes
         return answer
 
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr("actors.store.time.sleep", lambda seconds: None)
     owner = SimpleNamespace(keep=SimpleNamespace(remote=lambda value: "ref"))
-    assert RayStore(owner, timeout_s=1.0).put(1) == "handle"
+    assert RayStore(owner).put(1) == "handle"
+    preempted = ray.exceptions.ActorDiedError()
+    preempted._preempted = True  # as Ray tells it of a spot node, also for an actor that it restarts elsewhere
+    answers += [["handle"], preempted]
+    assert RayStore(owner).put(1) == "handle" and not answers
     answers += [ray.exceptions.ActorUnavailableError("socket closed", b"0" * 16)] * 9
-    with pytest.raises(DeadlineError, match="object store, put"):
-        RayStore(owner, timeout_s=0.0).put(1)
+    with pytest.raises(RecordError, match="object store, put") as caught:
+        RayStore(owner, restart_timeout_s=0.0).put(1)
+    assert not isinstance(caught.value, REPLACEABLE), "it stays away for every replica"
 
 
 class Never:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from cluster.adoption import Adoption, adoptable
 from cluster.config import RunConfig
+from cluster.lease import _answering
 from rlhf.config import validate
 from rlhf.errors import EngineError
 
@@ -59,6 +63,29 @@ def test_a_kept_replica_that_cannot_take_the_weights_is_refused_and_the_others_s
     asyncio.run(adoption.admit("generation", placer, welcome))  # type: ignore[arg-type]
     assert (welcomed, placer.refused) == (["a", "c"], ["b"])
     assert [kind for kind, _ in events] == ["replica_adopted", "replica_refused", "replica_adopted"]
+
+
+def test_an_actor_that_is_just_being_restarted_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarting, dead = ActorUnavailableError("The actor is restarting.", b"0" * 16), ActorDiedError()
+    answers: dict[str, list[Exception | None]] = {"a": [restarting, restarting, None], "b": [dead], "c": [None]}
+    handles = {
+        name: SimpleNamespace(abandon=SimpleNamespace(remote=functools.partial(str, name))) for name in answers
+    }
+
+    def find(name: str, namespace: str) -> Any:
+        if name not in handles:
+            raise ValueError(name)
+        return handles[name]
+
+    def get(ref: str, timeout: float) -> None:
+        if (answer := answers[ref].pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(ray, "get_actor", find)
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: None)
+    monkeypatch.setattr(ray, "get", get)
+    assert _answering(["a", "b", "c", "gone"]) == [("a", handles["a"]), ("c", handles["c"])]
+    assert not any(answers.values())
 
 
 @pytest.mark.parametrize(("num_inherited", "ended"), [(0, []), (2, [["rules"]])])

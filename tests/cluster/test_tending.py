@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from actors.health import ProbedLoop, ProbedThread
+from actors.remote_recorder import RemoteRecorder
 from cluster.tending import Tending
 from rlhf.errors import ConfigError
 from rlhf.runs.directory import RunDirectory
@@ -57,8 +58,9 @@ def test_a_role_is_tended_until_it_is_left(tmp_path: Path) -> None:
         tending.fleet(fleet("generation"), ProbedLoop)
         tending.fleet(fleet("judge"), ProbedLoop)
         tending.fleet(fleet("rules"), ProbedThread)
-        tending.actor("recorder", "the recorder's actor")
-        everybody = ["autoscale generation", "probe generation", "probe judge", "probe rules", "stall watchdog"]
+        tending.recorder(RemoteRecorder("the recorder's actor"))
+        probed = ["probe generation", "probe judge", "probe recorder", "probe rules"]
+        everybody = ["autoscale generation", *probed, "stall watchdog"]
         assert tasks() == everybody
         assert set(tending._actors()) == {"generation[0]", "judge[0]", "rules[0]", "recorder"}
         await tending.leave("generation")
