@@ -1,9 +1,9 @@
 """A driver of small actors on a joined cluster, for tests that end it: ``python -m tests.cluster.joined_driver``.
 
 Its argument is JSON: ``address``, ``run`` (a run directory), ``timeout_s`` of the lease, and ``roles``: for each a
-``count`` and, where wanted, ``resources``, a ``word`` that its workers are made with, ``gang`` or ``fresh``. It prints
-what it has in one line of JSON, and once more for every line of its input, for which it gives the fleets work. It ends
-in order with its input.
+``count`` and, where wanted, ``resources``, a ``word`` that its workers are made with, ``gang``, ``fresh`` or
+``restarts`` (then it is called as the recorder is). It prints what it has in one line of JSON, and once more for every
+line of its input, for which it gives the fleets work. It ends in order with its input.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from actors.calls import await_ref
 from actors.fleet import Event, Fleet, FleetLimits
+from actors.remote_recorder import RemoteRecorder
 from cluster.adoption import Adoption
 from cluster.lease import Lease
 from cluster.placement import connect, disconnect
@@ -25,12 +26,18 @@ from rlhf.errors import EngineError
 from rlhf.runs.directory import RunDirectory
 
 
+Placed = Fleet | RemoteRecorder | list[Any]
+
+
 class Speaker:
     """Says its word."""
 
     def __init__(self, word: str) -> None:
         self.word = word
         self.told: list[str] = []
+
+    def ping(self) -> str:
+        return str(os.getpid())
 
     def about(self) -> dict[str, Any]:
         import ray
@@ -58,27 +65,31 @@ class Speaker:
         self.told.append(word)
 
 
-async def place(adoption: Adoption, role: str, wanted: dict[str, Any], event: Event) -> Fleet | list[Any]:
-    """One role's fleet, or the handles of its gang."""
+async def place(adoption: Adoption, role: str, wanted: dict[str, Any], event: Event) -> Placed:
+    """One role's fleet, the handles of its gang, or its one actor that is started again where it dies."""
 
     async def welcome(handle: Any) -> None:
         await await_ref(handle.welcome.remote("hello"), timeout_s=30.0, where=role)
 
     resources = Resources(cpus=0.1, threads=1, start_timeout_s=60.0, **wanted.get("resources", {}))
     kwargs = {"word": wanted.get("word", "a")}
-    flags = {name: wanted.get(name, False) for name in ("gang", "fresh")}
+    flags = {name: wanted.get(name, False) for name in ("gang", "fresh", "restarts")}
     placer = await adoption.placer(role, resources, wanted["count"], worker=Speaker, kwargs=kwargs, **flags)
     await adoption.admit(role, placer, welcome)
     if flags["gang"]:
         return [await asyncio.to_thread(placer.spawn, Speaker, kwargs) for _ in range(wanted["count"])]
+    if flags["restarts"]:
+        return RemoteRecorder(await asyncio.to_thread(placer.spawn, Speaker, kwargs), event, timeout_s=120.0)
     limits = FleetLimits(start_timeout_s=60.0, call_timeout_s=30.0)
     fleet = Fleet(role, lambda _: placer.spawn(Speaker, kwargs), placer.retire, event, limits)
     await fleet.scale(wanted["count"])
     return fleet
 
 
-async def ask(placed: Fleet | list[Any]) -> list[dict[str, Any]]:
+async def ask(placed: Placed) -> list[dict[str, Any]]:
     """What every actor of a role says of itself."""
+    if isinstance(placed, RemoteRecorder):
+        return [await placed.call("about")]
     handles = [replica.handle for replica in placed.healthy] if isinstance(placed, Fleet) else placed
     return [await await_ref(handle.about.remote(), timeout_s=60.0, where="about") for handle in handles]
 

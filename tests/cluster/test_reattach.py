@@ -242,3 +242,32 @@ def test_a_node_that_is_taken_away_without_grace_loses_a_replica_and_no_work(
     driver.kill()
     again = drive(judge={"count": 2, "resources": {"strategy": "SPREAD"}})
     assert set(again.pids("judge")) == set(driver.pids("judge")), "the newcomer was known to the keeper, too"
+
+
+@pytest.mark.slow
+def test_a_recorder_is_started_again_wherever_its_labels_allow_whoever_is_there(
+    drive: Callable[..., Driver], cluster: JoinedCluster
+) -> None:
+    """Killed under its driver, killed when there is none, and lost with its node under the next one."""
+    recorder = {"count": 1, "restarts": True, "resources": {"labels": {"market": "spot"}}}
+    first = drive(recorder=recorder)
+    pids = first.pids("recorder")
+    os.kill(pids[-1], signal.SIGKILL)
+    first.work()
+    pids += first.pids("recorder")
+    first.kill()
+    os.kill(pids[-1], signal.SIGKILL)
+    second = drive(recorder=recorder)
+    assert (second.told["inherited"], second.kinds()) == (1, ["replica_adopted"]), "it is back by itself"
+    pids += second.pids("recorder")
+    assert second.told["roles"]["recorder"][0]["node"] == cluster.nodes[-1]
+    cluster.remove(len(cluster.nodes) - 1)
+    cluster.add(num_cpus=4, labels={"market": "spot"})
+    second.work()
+    assert second.told["roles"]["recorder"][0]["node"] == cluster.nodes[-1]
+    pids += second.pids("recorder")
+    assert len(set(pids)) == 4
+    assert second.kinds()[1:] == ["replica_lost", "replica_joined"]
+    assert second.end() == 0, second.errors.read_text()[-2000:]
+    wait_for(lambda: gone(pids))
+    wait_for(lambda: not keepers())
