@@ -115,8 +115,7 @@ class RecorderWorker(ProbedThread):
                 )
 
     def ping(self) -> str:
-        """Answers, which says that the recorder is up, with a name of its process: one that was restarted has another,
-        and nothing of what the one before it owned."""
+        """Answers with a name of this process; one that was restarted has another, and nothing of what it owned."""
         return self._process
 
     def keep(self, value: Any) -> list[Handle]:

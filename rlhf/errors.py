@@ -85,8 +85,7 @@ class StoreFullError(RlhfError):
 
 
 class RolloutsLostError(RlhfError):
-    """Rollout groups went away with the node that held them or with their owner; their prompts are dispatched again by
-    uid.
+    """Rollout groups went away with their node or their owner; their prompts are dispatched again by uid.
 
     Args:
         where: Who tried to read them.

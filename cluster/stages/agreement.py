@@ -28,6 +28,4 @@ async def judge_agreement(context: RunContext, feedback: str, uids: Collection[s
         [agreement] = await worker.broadcast("judge_agreement", groups, rankings)
         return agreement
 
-    return await repeated(
-        measure, lambda error: context.event("feedback_read_again", stage=feedback, error=str(error))
-    )
+    return await repeated(measure, lambda error: context.event("feedback_read_again", stage=feedback, error=str(error)))

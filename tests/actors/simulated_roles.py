@@ -111,7 +111,6 @@ class World:
     def recorder(self) -> LocalActor:
         """Places and starts the recorder, which is started again when it dies; what it owned is gone then."""
 
-
         def make(actor: LocalActor) -> Recorder:
             worker = Recorder(self)
             worker.actor = actor

@@ -25,7 +25,6 @@ from cluster.topology import Resources
 from rlhf.errors import EngineError
 from rlhf.runs.directory import RunDirectory
 
-
 Placed = Fleet | RemoteRecorder | list[Any]
 
 

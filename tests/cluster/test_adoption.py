@@ -68,9 +68,7 @@ def test_a_kept_replica_that_cannot_take_the_weights_is_refused_and_the_others_s
 def test_an_actor_that_is_just_being_restarted_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     restarting, dead = ActorUnavailableError("The actor is restarting.", b"0" * 16), ActorDiedError()
     answers: dict[str, list[Exception | None]] = {"a": [restarting, restarting, None], "b": [dead], "c": [None]}
-    handles = {
-        name: SimpleNamespace(abandon=SimpleNamespace(remote=functools.partial(str, name))) for name in answers
-    }
+    handles = {name: SimpleNamespace(abandon=SimpleNamespace(remote=functools.partial(str, name))) for name in answers}
 
     def find(name: str, namespace: str) -> Any:
         if name not in handles:
