@@ -66,7 +66,7 @@ class RemoteRecorder:
 
     async def start(self) -> None:
         """Returns when the recorder answers."""
-        self._process = await self.call("ping")
+        self._answered(await self.call("ping"))
 
     async def call(self, method: str, *args: Any) -> Any:
         """Calls one method of the worker, again where it was lost meanwhile.
@@ -194,8 +194,8 @@ class RemoteRecorder:
     def _answered(self, process: str) -> None:
         """Takes note of an answer, and of whether it comes from the process that answered before."""
         now = self._now()
-        if self._lost_at is None and process == self._process:
-            self._seen = now
+        if self._lost_at is None and self._process in ("", process):
+            self._process, self._seen = process, now
             return
         self._lose(_lost(ROLE, "another process than before"), self._seen)
         if self._gone is not None or self._lost_at is None:

@@ -135,6 +135,7 @@ class Driver:
         recorder = RemoteRecorder(actor, self.event, limits=self._limits)
         beside = [asyncio.create_task(self._control()), asyncio.create_task(recorder.watch())]
         try:
+            await recorder.start()
             for role, size in {"generation": self.plan.replicas, "scorer": self.plan.num_scorers}.items():
                 async with self.gate.hold(role):
                     await self.fleets[role].scale(size)

@@ -71,12 +71,12 @@ class Losses:
     driver: subprocess.Popen[str]
     tell: Callable[..., None]
 
-    def of_replica(self, role: str, lose: Callable[[], float], what: str = "") -> None:
+    def of_replica(self, role: str, lose: Callable[[], float]) -> None:
         """What was lost is replaced, and steps are made again."""
         at = lose()
         self._wait_for("replica_joined", role, at)
         lost, joined = (self._told(kind, role, at)[0]["time"] - at for kind in ("replica_lost", "replica_joined"))
-        what = what or f"the node of {'the ' if role != 'generation' else ''}{role} goes away without grace"
+        what = f"the node of {'the ' if role != 'generation' else ''}{role} goes away without grace"
         self.tell(what, detect_s=lost, recover_s=joined, lost_steps=0)
         self.go_on()
 
@@ -110,8 +110,8 @@ class Losses:
 def test_a_run_outlives_the_node_of_each_role(
     tmp_path: Path, tiny_model_dir: Path, nodes: Nodes, tell: Callable[..., None]
 ) -> None:
-    """Generation's node, the reference's, a learner rank by SIGKILL, the learner's node, the recorder by SIGKILL, and
-    then the recorder's node, of one run; after each, a node with the same label is added.
+    """Generation's node, the reference's, a learner rank by SIGKILL, the learner's node, and then the recorder's, of
+    one run; after each, a node with the same label is added.
 
     Passes if the driver outlives all of it and ends with 0; no replica or rank but those that were taken away is
     replaced; every step learned from the prompts of an undisturbed run, each once with all its siblings, drawn by that
@@ -125,10 +125,6 @@ def test_a_run_outlives_the_node_of_each_role(
         recipes.kill_worker(path, "ray::LearnerWorker")
         return time.time()
 
-    def kill_recorder() -> float:
-        recipes.kill_worker(path, "ray::RecorderWorker")
-        return time.time()
-
     with recipes.running(path) as driver:
         recipes.wait_for(driver, lambda: _num_logged(run) >= 1, poll_s=0.01)
         losses = Losses(path, driver, tell)
@@ -138,7 +134,6 @@ def test_a_run_outlives_the_node_of_each_role(
         losses.of_gang("a learner rank is killed", kill_rank)
         losses.of_gang("the node of the learner goes away without grace", lambda: nodes.lose("learner"))
         before = Counter(event["role"] for kind in LOSSES for event in recipes.events(run, kind))
-        losses.of_replica("recorder", kill_recorder, "the recorder is killed")
         losses.of_replica("recorder", lambda: nodes.lose("recorder"))
         assert driver.wait(900) == 0, recipes.log_of(path)
     _wait_until_gone(path)
