@@ -307,9 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Goodput under one SIGKILL a minute.")
     parser.add_argument("--minutes", type=float, default=8.0, help="length of each arm behind its first steps")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
-    parser.add_argument(
-        "--nodes", type=int, default=2, help="of the cluster that it joins; 1: drivers start theirs"
-    )
+    parser.add_argument("--nodes", type=int, default=2, help="of the cluster that it joins; 1: drivers start theirs")
     parser.add_argument("--model", type=Path, help="folder of the model; a tiny one where none is given")
     arguments = parser.parse_args()
     seconds, arms = 60 * arguments.minutes, {}
