@@ -1,46 +1,40 @@
 """A fleet: the replicas of one stateless role, which join with the current weights and leave after their work.
 
 Replacing a dead replica, scaling a role and losing a node are the same two moves, which are made here. Who the replicas
-are and what they wait for stands in ``actors.members``; how work is shared out over them, in ``actors.dispatch``.
+are and what they wait for stands in ``actors.members``; how one comes to serve, in ``actors.newcomers``; how work is
+shared out over them, in ``actors.dispatch``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
-from actors.calls import await_ref, gather_all, kill
+from actors.calls import await_ref, gather_all
 from actors.dispatch import REPLACEABLE, Event
-from actors.members import Members
-from actors.replacements import Replacements
+from actors.newcomers import Newcomers, Welcome
 from actors.replicas import ENDED, JOINING, FleetLimits, Replica, ReplicaState
-from rlhf.errors import LearnerError, PublicationError, ReplicaLostError, RlhfError, WorkerError
+from rlhf.errors import PublicationError, ReplicaLostError, RlhfError, WorkerError
 
 __all__ = ["REPLACEABLE", "Event", "Fleet", "FleetLimits", "Replica", "ReplicaState"]
 
-Welcome = Callable[[Any], Awaitable[None]]
 
-_PLACING_THREADS = 32
-"""Replicas of a fleet that may wait for room on the cluster at the same time."""
-
-
-class Fleet(Members):
+class Fleet(Newcomers):
     """Replicas of one role.
 
     Calls go on while replicas join and leave. What is lost is replaced beside them: nobody waits for a newcomer while
     another replica is healthy. Once the restarts of this time are used up, the fleet goes on with those that are left,
     and replaces again when some of its restarts lie behind the window; the error comes when nobody is left. A defect of
-    a newcomer's code or of the learner that welcomes it is raised by the next call.
+    a newcomer's code, and the loss of the learner that welcomes it, are raised by the next call.
 
     One ``scale`` comes after another, and after the replacements that are under way; what is lost meanwhile is replaced
     without waiting for it, as a newcomer may have to wait for room on the cluster. These waits, and the one for the
     weights, end with what the holder does: a leave within its ``call_timeout_s``, a join within the placement's and its
-    own ``start_timeout_s`` and a welcome whose calls have limits, at most ``max_restarts`` of them one after the other.
+    own ``start_timeout_s``, a welcome whose calls have limits and the wait for another learner, as often one after the
+    other as there are restarts.
 
     Args:
         role: Name in logs and errors.
@@ -63,28 +57,11 @@ class Fleet(Members):
         *,
         in_turn: bool = False,
     ) -> None:
-        super().__init__(role, event, limits or FleetLimits())
-        self._spawn = spawn
-        self._retire = retire
+        super().__init__(role, spawn, retire, event, limits or FleetLimits())
         self._in_turn = in_turn
-        self._replacements = Replacements(role, self.limits, event)
         self._restarts = self._replacements.budget
         self._scaling = asyncio.Lock()
         self._leaving: asyncio.Future[Any] | None = None
-        # The event loop's own threads are few, and newcomers that wait for room would keep them from everybody else.
-        self._placing = ThreadPoolExecutor(_PLACING_THREADS, thread_name_prefix=f"place-{role}")
-        self._welcome: Welcome | None = None
-        self._weights = asyncio.Lock()
-
-    @property
-    def welcome(self) -> Welcome | None:
-        """Brings a newcomer to the current weights before it serves; set by whoever publishes."""
-        return self._welcome
-
-    @welcome.setter
-    def welcome(self, welcome: Welcome | None) -> None:
-        self._welcome = welcome
-        self._replacements.forgive_learner()
 
     # Membership
 
@@ -185,7 +162,7 @@ class Fleet(Members):
     async def _restart(self, replica: Replica, lost: Replica | None) -> None:
         try:
             await self._join(replica, lost)
-        except (WorkerError, LearnerError):  # the next one would have the same code, or ask the same dead gang
+        except WorkerError:  # the next one would have the same code
             raise
         except RlhfError as failure:
             if self._wanted:
@@ -216,58 +193,6 @@ class Fleet(Members):
         if (self.num_missing or not self._wanted) and self._last_loss is not None:
             raise self._last_loss
 
-    async def _join(self, replica: Replica, lost: Replica | None = None) -> None:
-        """Starts and welcomes a newcomer; ``lost`` is whom it replaces."""
-        where = f"{self.role}[{replica.index}].start"
-        began = time.monotonic()
-        placed = asyncio.get_running_loop().run_in_executor(self._placing, self._spawn, replica.index)
-        try:
-            replica.handle = await asyncio.shield(placed)
-            await await_ref(replica.handle.start.remote(), timeout_s=self.limits.start_timeout_s, where=where)
-            if replica.state is ReplicaState.STARTING:  # unless the fleet was stopped meanwhile
-                self._become(replica, ReplicaState.STALE)
-            await self._bring_up_to_date(replica)
-        finally:
-            if replica.state is not ReplicaState.HEALTHY:
-                placed.add_done_callback(lambda _: self._bury_late(replica, placed))
-                if lost in self._lost:
-                    self._become(lost, ReplicaState.DEAD)
-                self._bury(replica)
-        if replica.state is not ReplicaState.HEALTHY:
-            raise ReplicaLostError(
-                where, found="a fleet that was stopped meanwhile", needed="a fleet", action="Nothing: it is ended."
-            )
-        self._replicas.sort(key=lambda other: other.index)
-        told: dict[str, Any] = {"seconds": round(time.monotonic() - began, 3)}
-        if lost in self._lost:
-            self._lost.remove(lost)
-            told |= {"replaces": lost.index, "recover_s": round(lost.silent_s, 3)}
-        self._event("replica_joined", role=self.role, replica=replica.index, **told)
-
-    async def _bring_up_to_date(self, replica: Replica) -> None:
-        """Makes a stale replica healthy."""
-        async with self._weights:  # healthy before other weights come, or welcomed to those
-            welcome = self.welcome
-            try:
-                if welcome is not None:
-                    await welcome(replica.handle)
-            except LearnerError as error:
-                if self.welcome == welcome:
-                    raise
-                raise PublicationError(  # another learner publishes by now: the next newcomer asks that one
-                    error.where, found=error.found, needed="the weights that it had", action=error.action
-                ) from error
-            if replica.state is ReplicaState.STALE:  # unless it ended meanwhile
-                replica.missed_broadcast = False
-                replica.saw()
-                self._become(replica, ReplicaState.HEALTHY)
-
-    def _bury_late(self, replica: Replica, placed: asyncio.Future[Any]) -> None:
-        """Ends an actor whose join was given up while it was being placed."""
-        if replica.handle is None and not placed.cancelled() and placed.exception() is None:
-            replica.handle = placed.result()
-            self._bury(replica)
-
     async def _leave(self, replica: Replica) -> None:
         with contextlib.suppress(TimeoutError):  # work that outlasts its own deadline is not waited for
             async with asyncio.timeout(self.limits.call_timeout_s):
@@ -294,15 +219,6 @@ class Fleet(Members):
         self._bury(replica)
         self._note_loss(replica, error)
 
-    def _bury(self, replica: Replica) -> None:
-        if replica.state not in ENDED:
-            self._become(replica, ReplicaState.DEAD)
-        if replica in self._replicas:
-            self._replicas.remove(replica)
-        if replica.handle is not None:
-            kill(replica.handle)
-            self._retire(replica.handle)
-
     # Health
 
     async def answered(self, replica: Replica) -> None:
@@ -319,6 +235,7 @@ class Fleet(Members):
                 await self._bring_up_to_date(replica)
             except RlhfError as error:
                 self.lose(replica, error)
+            if replica.state is not ReplicaState.HEALTHY:
                 return
         else:
             self._become(replica, ReplicaState.HEALTHY)
@@ -335,7 +252,7 @@ class Fleet(Members):
 
         Raises:
             DeadlineError: Nothing has changed for a start and a call's time.
-            RlhfError: The defect of a replacement.
+            RlhfError: The defect of a replacement, or the loss of the learner that has to welcome it.
         """
         self._replacements.check()
         if not self._in_turn:
@@ -344,8 +261,11 @@ class Fleet(Members):
             async with self._replacing():
                 if not self._may_serve_soon():
                     return
-                await self._until(lambda: bool(self.healthy) or not self._may_serve_soon(), "a healthy replica")
+                await self._until(self._wait_is_over, "a healthy replica")
             self._replacements.check()
+
+    def _wait_is_over(self) -> bool:
+        return bool(self.healthy) or not self._may_serve_soon() or not self._replacements.may_begin
 
     async def one_apart(self) -> Replica:
         """A replica for an item under suspicion: one with nothing to do, or else the least busy one.
@@ -385,9 +305,3 @@ class Fleet(Members):
                     raise
             self.welcome = welcome
         await self.repair()
-
-    @contextlib.asynccontextmanager
-    async def changing_weights(self) -> AsyncIterator[None]:
-        """A block in which nobody is welcomed: whoever is being welcomed already serves before it begins."""
-        async with self._weights:
-            yield

@@ -94,6 +94,11 @@ class LearnerGang:
             self.lost_to, self.detect_s = error, time.monotonic() - max(self._called_at, seen)
         self.kill()
 
+    def lose(self, error: RlhfError) -> LearnerError:
+        """Ends the gang for what happened to rank 0, and returns the error for its user."""
+        self.give_up(error, next(iter(self.ranks), None))
+        return self._loss()
+
     def _loss(self) -> LearnerError:
         assert self.lost_to is not None, "given up before"
         return LearnerError(

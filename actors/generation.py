@@ -118,9 +118,18 @@ class GenerationWorker(ProbedLoop):
         """Stops serving, freezes what is in flight and opens the replica for buckets of ``version``."""
         await self._engine.weights.begin(version)
 
-    async def receive_bucket(self, handle: Handle) -> None:
-        """Loads one bucket, given as its handle or itself; buckets come in order of their index."""
-        bucket = handle if isinstance(handle, Bucket) else await asyncio.to_thread(self._store.get, handle)
+    async def receive_bucket(self, handles: Sequence[Handle]) -> None:
+        """Loads one bucket; buckets come in order of their index.
+
+        Args:
+            handles: The bucket's, in a list: Ray would fetch what a bare one stands for before it calls this method.
+
+        Raises:
+            ValueLostError: The bucket went away with its learner. The update stays open and nothing is served, so that
+                what is in flight waits for an update that is begun anew.
+            PublicationError: It is not the bucket that is due, or was altered; the update is over.
+        """
+        bucket = await asyncio.to_thread(self._store.get, *handles)
         if not isinstance(bucket, Bucket):
             await self._engine.weights.abort("its update brought something other than weights")
             raise PublicationError(
@@ -150,7 +159,7 @@ class GenerationWorker(ProbedLoop):
         try:
             buckets = folder_buckets(folder, bucket_bytes, self._dtype)
             while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-                await self.receive_bucket(bucket)
+                await self._engine.weights.load(bucket)
                 digests.append(bucket.digest)
         except RlhfError:
             await self.abort_update()

@@ -15,7 +15,7 @@ from actors.calls import await_ref
 from actors.fleet import Event, Fleet
 from actors.fleet_status import note_version
 from actors.gang import LearnerGang
-from rlhf.errors import PublicationError
+from rlhf.errors import PublicationError, ValueLostError
 from rlhf.weights import combine_digests
 
 
@@ -50,7 +50,11 @@ class BucketPublisher:
         One that failed to take it is replaced beside whatever comes next, and its replacement starts with the version
         that is the newest then.
 
+        A learner that is lost with a bucket of its own costs no replica. They serve nothing until a publication has
+        reached them whole: the next one, of the learner's next life.
+
         Raises:
+            LearnerError: The learner is lost.
             RlhfError: See ``Fleet.repair``.
         """
         metrics: Mapping[str, float] = {}
@@ -90,7 +94,10 @@ class BucketPublisher:
         for index in range(num_buckets):
             sent: Sequence[Any] = await self._gang.call("put_bucket", lambda rank, index=index: (index,))  # type: ignore[misc]
             handle, digest, size = sent[0]
-            await deliver("receive_bucket", handle)
+            try:
+                await deliver("receive_bucket", [handle])  # in a list, as the replica fetches it
+            except ValueLostError as error:
+                raise self._gang.lose(error) from error
             digests.append(digest)
             num_bytes += size
         await deliver("finish_update", version, combine_digests(digests))

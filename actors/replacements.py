@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from actors.restarts import RestartBudget
@@ -24,10 +24,12 @@ class Replacements:
         role: Name in events.
         limits: Restarts of a fleet.
         event: Event log.
+        num_wanted: Replicas that the fleet should have now.
     """
 
-    def __init__(self, role: str, limits: FleetLimits, event: Event) -> None:
-        self.budget = RestartBudget(limits.max_restarts, limits.restart_window_s)
+    def __init__(self, role: str, limits: FleetLimits, event: Event, num_wanted: Callable[[], int]) -> None:
+        self.budget = RestartBudget(limits.max_restarts, limits.restart_window_s, size=num_wanted)
+        self._num_wanted = num_wanted
         self._role = role
         self._limits = limits
         self._event = event
@@ -53,7 +55,7 @@ class Replacements:
         if self._refused is not loss:
             self._refused = loss
             limits = {name: getattr(self._limits, name) for name in ("max_restarts", "restart_window_s")}
-            self._event("restarts_used_up", role=self._role, **limits, error=str(loss))
+            self._event("restarts_used_up", role=self._role, replicas=self._num_wanted(), **limits, error=str(loss))
         return False
 
     def begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -68,6 +70,11 @@ class Replacements:
         self._look()
         if self._defect is not None:
             raise self._defect
+
+    def note(self, loss: LearnerError) -> None:
+        """Keeps the loss of a learner that a newcomer waits for, as a defect is kept."""
+        self._look()
+        self._defect = self._defect or loss
 
     def forgive_learner(self) -> None:
         """Forgets a learner that could not give its weights, as another one gives them from now on."""

@@ -104,7 +104,14 @@ class Replica:
 
 @dataclass(frozen=True)
 class FleetLimits:
-    """Deadlines of a fleet in seconds, and how many dead replicas are replaced within a time before it is given up."""
+    """Deadlines of a fleet in seconds, and how many dead replicas are replaced within a time before it is given up.
+
+    Attributes:
+        start_timeout_s: Longest time from a replica's placement to the end of its start.
+        call_timeout_s: Longest wait for one call.
+        max_restarts: Restarts for each replica that is wanted, all together; see ``RestartBudget``.
+        restart_window_s: Seconds after which a restart no longer counts.
+    """
 
     start_timeout_s: float = 600.0
     call_timeout_s: float = 1800.0

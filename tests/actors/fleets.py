@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.fleet import Fleet, FleetLimits
 from actors.health import ProbedLoop
+from actors.store import RayStore
 from cluster.placement import Placer
 from cluster.topology import Resources
 from rlhf.errors import DataError, EngineError, PublicationError
@@ -44,10 +46,14 @@ class Fault:
 class EchoWorker(ProbedLoop):
     """Answers items with its index. Async like the generation worker: calls overlap.
 
-    It dies of an item whose uid is ``poison``.
+    It dies of an item whose uid is ``poison``, and before it has run where it is ``unborn``.
     """
 
-    def __init__(self, index: int, fault: Fault | None = None, version: int = -1, poison: str = "") -> None:
+    def __init__(
+        self, index: int, fault: Fault | None = None, version: int = -1, poison: str = "", unborn: bool = False
+    ) -> None:
+        if unborn:
+            os.kill(os.getpid(), signal.SIGKILL)
         self.index = index
         self.poison = poison
         self.fault = fault
@@ -122,9 +128,9 @@ class EchoWorker(ProbedLoop):
         await self._enter("begin_update")
         self.buckets = []
 
-    async def receive_bucket(self, bucket: int) -> None:
+    async def receive_bucket(self, handles: Sequence[Any]) -> None:
         await self._enter("receive_bucket")
-        self.buckets.append(bucket)
+        self.buckets.append(await asyncio.to_thread(RayStore(timeout_s=60.0).get, *handles))
 
     async def finish_update(self, version: int, digest: str) -> None:
         await self._enter("finish_update")
@@ -133,22 +139,30 @@ class EchoWorker(ProbedLoop):
 
 @dataclass
 class EchoFleet:
-    """A fleet of ``EchoWorker``s; ``faults`` are by index, so a replacement (another index) is well unless named."""
+    """A fleet of ``EchoWorker``s; ``faults`` are by index, so a replacement (another index) is well unless named.
+
+    A fault ``create`` lets the first ``after`` actors of its index die before they have run.
+    """
 
     faults: Mapping[int, Fault] = field(default_factory=dict)
     limits: FleetLimits = field(default_factory=lambda: FleetLimits(80.0, 20.0, 3))
     size: int = 4
     poison: str = ""
+    resources: Resources = Resources(cpus=0.1, threads=1, start_timeout_s=30.0)
 
     def __post_init__(self) -> None:
-        resources = Resources(cpus=0.1, threads=1, start_timeout_s=30.0)
-        self.placer = Placer("echo", resources, self.size)
+        self.spawned: Counter[int] = Counter()
+        self.placer = Placer("echo", self.resources, self.size)
         self.placer.reserve()
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.fleet = Fleet("echo", self._spawn, self.placer.retire, self._event, self.limits)
 
     def _spawn(self, index: int) -> Any:
-        return self.placer.spawn(EchoWorker, {"index": index, "fault": self.faults.get(index), "poison": self.poison})
+        fault = self.faults.get(index)
+        unborn = fault is not None and fault.method == "create" and self.spawned[index] < fault.after
+        self.spawned[index] += 1
+        kwargs = {"index": index, "fault": fault, "poison": self.poison, "unborn": unborn}
+        return self.placer.spawn(EchoWorker, kwargs)
 
     def _event(self, kind: str, **fields: Any) -> None:
         self.events.append((kind, fields))

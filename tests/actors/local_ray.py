@@ -81,7 +81,7 @@ class LocalActor:
         self._calls: dict[asyncio.Task[None], LocalRef | LocalStream] = {}
 
     def __getattr__(self, name: str) -> _Method:
-        if name.startswith("_"):
+        if name.startswith("_") and name != "__ray_ready__":
             raise AttributeError(name)
         return _Method(self, name)
 

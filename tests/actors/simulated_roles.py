@@ -150,6 +150,13 @@ class World:
             self.struck.append(actor.role)
             actor.die()
 
+    def lose_learner(self) -> None:
+        """The learner's node goes away, and with it whatever bucket it has put."""
+        for actor in self.living("learner"):
+            self.strike(actor)
+        for handle in [handle for handle, value in self.store.values.items() if not isinstance(value, Drawn)]:
+            del self.store.values[handle]
+
     def check(self, holds: bool, wrong: str) -> None:
         """Writes down what does not hold."""
         if not holds:
@@ -190,11 +197,16 @@ class Worker:
             case "hang":
                 self.world.struck.append(self.role)
                 await asyncio.Event().wait()
+            case "orphan":
+                self.world.lose_learner()
             case "fail":
                 self.world.struck.append(self.role)
                 if self.role == "generation":
                     raise EngineError(self.role, found="a fault that was ordered", needed="none", action="None.")
                 raise RuntimeError("the device is lost")
+
+    async def __ray_ready__(self) -> None:
+        await self.reach("create", 1.0)
 
     async def start(self) -> None:
         await self.reach("start", 40.0 if self.role == "learner" else 30.0)
@@ -242,9 +254,9 @@ class Engine(Worker):
         self._watch = asyncio.get_running_loop().call_later(UPDATE_TIMEOUT_S, self._abort)
         await self.reach("begin_update", 0.2)
 
-    async def receive_bucket(self, handle: Stored) -> None:
+    async def receive_bucket(self, handles: Sequence[Stored]) -> None:
         await self.reach("receive_bucket", 2.0)
-        index, weights = self.world.store.get(handle)
+        index, weights = self.world.store.get(*handles)
         if self._settled.is_set() or index != len(self._coming):
             self._abort()
             raise PublicationError("engine", found=f"bucket {index}", needed="the next one", action="Publish again.")

@@ -14,6 +14,7 @@ from tests.actors.fleets import EchoFleet, Fault, items, until, workers_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
+LOST = ReplicaLostError("echo", found="a death", needed="a life", action="None.")
 FAST = FleetLimits(start_timeout_s=30.0, call_timeout_s=1.5, max_restarts=3)
 
 
@@ -169,6 +170,20 @@ def test_replicas_that_die_in_their_first_start_are_started_again() -> None:
             await echo.fleet.scale(2)
             assert [replica.index for replica in echo.fleet.healthy] == [1, 3]
             assert (echo.kinds().count("replica_lost"), echo.kinds().count("restart_failed")) == (1, 1)
+
+    drive(body)
+
+
+def test_actors_that_die_before_they_have_run_use_no_restarts() -> None:
+    async def body() -> None:
+        faults = {0: Fault("create", "kill", after=1), 1: Fault("create", "kill", after=2)}
+        async with EchoFleet(faults, FleetLimits(80.0, 20.0, max_restarts=1)) as echo:
+            await echo.fleet.scale(1)
+            echo.fleet.lose(echo.fleet.healthy[0], LOST)
+            await echo.fleet.replaced()
+            assert [replica.index for replica in echo.fleet.healthy] == [1]
+            assert echo.fleet._restarts.num_taken == 1 and "restart_failed" not in echo.kinds()
+            assert echo.kinds().count("start_repeated") == 3
 
     drive(body)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, RayTaskError
 
-import actors.fleet
+import actors.newcomers
 from actors.fleet import Fleet, FleetLimits
 from rlhf.errors import (
     DataError,
@@ -42,6 +42,12 @@ class FakeActor:
     def submit(self, reply: LocalRef | LocalStream, method: str, args: tuple[Any, ...]) -> Any:
         if not self.alive:
             reply.settle(ActorDiedError())
+            return reply
+        if method == "__ray_ready__":
+            if self.world.num_unborn:
+                self.world.num_unborn -= 1
+                self.die()
+            reply.settle(True if self.alive else ActorDiedError())
             return reply
         self.pending.append(reply)
         if method in self.world.never:
@@ -102,6 +108,8 @@ class World:
     cut_short: list[int] = field(default_factory=list)
     never: set[str] = field(default_factory=set)
     """Methods that are not answered."""
+    num_unborn: int = 0
+    """Actors that will die before they have run."""
     errors: dict[tuple[str, int], RlhfError | RayTaskError] = field(default_factory=dict)
     """What a method raises on one actor."""
 
@@ -174,7 +182,7 @@ def drive(seed: int, mortality: float, sizes: list[int], limits: FleetLimits) ->
                 assert not fleet.num_missing or not fleet._restarts.left, "it goes on with fewer once they are used up"
                 await scatter_often(fleet, world, 2)
             else:
-                assert fleet._restarts.num_taken <= limits.max_restarts
+                assert fleet._restarts.num_taken <= limits.max_restarts * max([2, *sizes])
 
             await fleet.replaced()
             assert_books(fleet, world)
@@ -196,7 +204,7 @@ def only_lost(failures: list[BaseException]) -> bool:
 @pytest.fixture(autouse=True, scope="module")
 def fake_kill():
     patch = pytest.MonkeyPatch()
-    patch.setattr(actors.fleet, "kill", lambda actor: actor.die())
+    patch.setattr(actors.newcomers, "kill", lambda actor: actor.die())
     yield
     patch.undo()
 

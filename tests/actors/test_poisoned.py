@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import actors.fleet
+import actors.newcomers
 from actors.fleet import Fleet, FleetLimits
 from actors.roles import FleetGenerator, FleetJudge, FleetScorer
 from rlhf.errors import EngineError, ReplicaLostError, RlhfError
@@ -22,7 +22,7 @@ from tests.fakes import make_group
 
 @pytest.fixture(autouse=True)
 def fake_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.fleet, "kill", lambda actor: actor.die())
+    monkeypatch.setattr(actors.newcomers, "kill", lambda actor: actor.die())
 
 
 class FragileActor(FakeActor):

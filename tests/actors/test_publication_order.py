@@ -14,9 +14,10 @@ from actors.calls import await_ref
 from actors.fleet import Fleet, FleetLimits
 from actors.gang import LearnerGang
 from actors.publisher import BucketPublisher
-from rlhf.errors import ReplicaLostError
+from rlhf.errors import LearnerError, ReplicaLostError
 from tests.actors.local_ray import LocalActor
 from tests.actors.simulated_roles import UPDATE_TIMEOUT_S, Engine, Fault, Meeting, Rank, World
+from tests.actors.test_replica_states import OVERDUE
 from tests.virtual_time import DeadlockError, VirtualTimeLoop
 
 
@@ -41,6 +42,10 @@ class Published:
         self.events: list[str] = []
         limits = FleetLimits(600.0, 1800.0, max_restarts=3)
         self.fleet = Fleet("generation", self._spawn, self.world.retire, self._event, limits)
+        self.learner()
+
+    def learner(self) -> None:
+        """Starts a learner."""
         rank = self.world.actor("learner", Rank(self.world, 0, Meeting(1)), serial=True)
         self.gang = LearnerGang("learner", [rank])
 
@@ -121,6 +126,55 @@ def test_publications_do_not_wait_for_a_replacement_that_starts_and_it_gets_the_
         await publisher.publish(version + 3)  # while the newcomer is welcomed, or just behind
         await run.fleet.replaced()
         assert run.versions() == [version + 3] * 2
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_a_learner_that_is_lost_with_a_bucket_costs_no_replica_and_the_next_one_publishes_from_the_first() -> None:
+    async def body() -> None:
+        run = Published()
+        await run.fleet.scale(3)
+        version, publisher = run.world.first_version, run.publisher()
+        await publisher.publish(version)
+        before = run.fleet.healthy
+        suspect = before[2]
+        run.fleet.suspect(suspect, OVERDUE)
+        run.world.faults.append(Fault("generation", "receive_bucket", "orphan", after=2))  # one has the first bucket
+        with pytest.raises(LearnerError, match="no copy"):
+            await publisher.publish(version + 1)
+        assert run.versions() == [None, None], "half an update is not served"
+        answering = asyncio.create_task(run.fleet.answered(suspect))
+        growing = asyncio.create_task(run.fleet.scale(4))
+        while run.fleet.states.get("stale") != 2:
+            await asyncio.sleep(1.0)
+        with pytest.raises(LearnerError):
+            await run.fleet.repair()
+        run.learner()
+        await run.publisher().publish(version + 1)
+        await asyncio.gather(answering, growing)
+        assert run.versions() == [version + 1] * 4 and run.fleet.healthy[:3] == before
+        assert "replica_lost" not in run.events and run.fleet._restarts.num_taken == 0
+        await run.fleet.stop()
+
+    drive(body())
+
+
+def test_a_newcomer_whose_learner_is_lost_with_a_bucket_is_welcomed_by_the_next_one() -> None:
+    async def body() -> None:
+        run = Published()
+        await run.fleet.scale(1)
+        version = run.world.first_version
+        await run.publisher().publish(version)
+        run.world.faults.append(Fault("generation", "receive_bucket", "orphan"))
+        growing = asyncio.create_task(run.fleet.scale(2))
+        while run.fleet.states.get("stale") != 1 or run.gang.ranks:
+            await asyncio.sleep(1.0)
+        assert run.versions() == [version], "who has the weights serves on"
+        run.learner()
+        await run.publisher().publish(version)
+        await growing
+        assert run.versions() == [version] * 2 and "replica_lost" not in run.events
         await run.fleet.stop()
 
     drive(body())

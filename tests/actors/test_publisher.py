@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from actors.fleet import FleetLimits
 from actors.gang import LearnerGang
 from actors.publisher import BucketPublisher
-from rlhf.errors import LearnerError, RlhfError
+from actors.store import RayStore
+from rlhf.errors import LearnerError, RlhfError, ValueLostError
 from rlhf.weights import combine_digests
 from tests.actors.exporting_ranks import DIGESTS, NUM_BUCKETS, ExportingRank
-from tests.actors.fleets import EchoFleet, Fault, items, workers_of
+from tests.actors.fleets import EchoFleet, Fault, items, until, workers_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
@@ -20,12 +22,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 class Publication:
     """A gang, a fleet and the publisher between them."""
 
-    def __init__(self, echo: EchoFleet, version: int = 3, fail_at: int | None = None) -> None:
+    def __init__(
+        self, echo: EchoFleet, version: int = 3, fail_at: int | None = None, gang: type[LearnerGang] = LearnerGang
+    ) -> None:
         import ray
 
         self.echo = echo
         remote = ray.remote(ExportingRank).options(num_cpus=0.1)
-        self.gang = LearnerGang("learner", [remote.remote(rank, fail_at) for rank in range(2)], timeout_s=30.0)
+        self.gang = gang("learner", [remote.remote(rank, fail_at) for rank in range(2)], timeout_s=30.0)
         self.publisher = BucketPublisher(
             self.gang, echo.fleet, echo._event, version=version, bucket_bytes=1000, timeout_s=30.0
         )
@@ -36,6 +40,27 @@ class Publication:
         for replica in found:
             assert replica["digest"] == (combine_digests(DIGESTS) if "finish_update" in replica["calls"] else "")
         return [(replica["version"], replica["buckets"], replica["calls"]) for replica in found]
+
+
+class DoomedGang(LearnerGang):
+    """A gang whose rank 0 dies between the put of its third bucket and its delivery."""
+
+    async def call(self, method: str, *args: Any) -> list[Any]:
+        import ray
+
+        found = await super().call(method, *args)
+        if method == "put_bucket" and found[0][1] == DIGESTS[2]:
+            ray.kill(self.ranks[0])
+            await until_lost(found[0][0])
+        return found
+
+
+async def until_lost(bucket: Any) -> None:
+    """Ray drops what a dead process owned in its own time."""
+    with pytest.raises(ValueLostError):
+        while True:
+            await asyncio.to_thread(RayStore(timeout_s=30.0).get, bucket)
+            await asyncio.sleep(0.1)
 
 
 def drive(body) -> None:
@@ -158,5 +183,27 @@ def test_a_learner_that_fails_to_export_ends_the_publication_and_its_gang() -> N
                 await publication.publisher.publish(4)
             assert publication.gang.ranks == []
             assert not publication.gang.lock.locked()
+
+    drive(body)
+
+
+def test_a_bucket_that_goes_away_with_its_learner_costs_no_replica_and_the_next_learner_publishes_anew() -> None:
+    async def body() -> None:
+        async with EchoFleet() as echo:
+            await echo.fleet.scale(2)
+            first = Publication(echo, gang=DoomedGang)
+            with pytest.raises(LearnerError, match="OwnerDiedError"):
+                await first.publisher.publish(4)
+            assert first.gang.ranks == [], "all ranks start again"
+            assert [replica.index for replica in echo.fleet.healthy] == [0, 1]
+            growing = asyncio.create_task(echo.fleet.scale(3))
+            await until(lambda: echo.fleet.states.get("stale") == 1, 60.0)
+            second = Publication(echo)
+            await second.publisher.publish(4)
+            await growing
+            cut = ["begin_update", *["receive_bucket"] * 3]
+            assert await second.seen() == [(4, WHOLE, ["start", *cut, *UPDATE])] * 2 + [(4, WHOLE, ["start", *UPDATE])]
+            assert "replica_lost" not in echo.kinds() and echo.fleet._restarts.num_taken == 0
+            second.gang.kill()
 
     drive(body)

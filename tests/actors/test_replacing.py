@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import actors.fleet
+import actors.newcomers
 from actors.fleet import Fleet, FleetLimits
 from actors.prober import FleetProber, ProbeLimits
 from actors.replicas import Replica
@@ -23,7 +23,7 @@ from rlhf.errors import (
     RlhfError,
     WorkerError,
 )
-from tests.actors.fleets import items
+from tests.actors.fleets import items, until
 from tests.actors.test_fleet_races import World, assert_books, raised
 from tests.actors.test_replica_states import LOST, Told, workers
 
@@ -32,7 +32,7 @@ CHOKED = EngineError("echo.start", found="an engine that chokes", needed="one th
 
 @pytest.fixture(autouse=True)
 def fake_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.fleet, "kill", lambda actor: actor.die())
+    monkeypatch.setattr(actors.newcomers, "kill", lambda actor: actor.die())
 
 
 def drive(body: Callable[[Fleet, World, Told], Awaitable[None]], max_restarts: int = 3, window_s: float = 60.0) -> None:
@@ -163,18 +163,24 @@ def test_a_fleet_without_restarts_goes_on_with_those_that_are_left_until_there_a
 
 def test_what_was_not_replaced_is_once_restarts_lie_behind_the_window_or_when_it_is_asked_for() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
-        await fleet.scale(3)
-        fleet.lose(fleet.healthy[0], LOST)
+        await fleet.scale(2)
+        for _ in range(2):
+            fleet.lose(fleet.healthy[0], LOST)
+            await fleet.replaced()
         fleet.lose(fleet.healthy[0], LOST)
         await fleet.replaced()
-        assert fleet.states == {"healthy": 2, "dead": 1}
+        assert fleet.states == {"healthy": 1, "dead": 1}
+        [used_up] = told.of("restarts_used_up")
+        assert (used_up["replicas"], used_up["max_restarts"]) == (2, 1)
         await asyncio.sleep(1.1)
         await fleet.scatter("answer", items(2))
         await fleet.replaced()
-        assert fleet.states == {"healthy": 3}
-        fleet.lose(fleet.healthy[0], LOST)
-        await fleet.scale(3)
-        assert fleet.states == {"healthy": 3}, "whoever scales the fleet has asked for it"
+        assert fleet.states == {"healthy": 2}
+        for _ in range(2):
+            fleet.lose(fleet.healthy[0], LOST)
+            await fleet.replaced()
+        await fleet.scale(2)
+        assert fleet.states == {"healthy": 2}, "whoever scales the fleet has asked for it"
         assert_books(fleet, world)
 
     drive(body, max_restarts=1, window_s=1.0)
@@ -218,18 +224,66 @@ def test_a_lost_learner_ends_the_next_call_and_is_forgotten_with_its_weights() -
         await fleet.scale(2)
         fleet.welcome = of_the_lost
         fleet.lose(fleet.healthy[0], LOST)
-        await fleet.replaced()
-        with pytest.raises(LearnerError):
-            await fleet.scatter("answer", items(2))
+        await until(lambda: fleet.states.get("stale") and not fleet._replacements.may_begin)
+        for _ in range(2):
+            with pytest.raises(LearnerError):
+                await fleet.scatter("answer", items(2))
         await fleet.change_weights(of_another, "load")
         await fleet.replaced()
-        assert workers(await fleet.scatter("answer", items(2))) == [1, 3]
+        assert workers(await fleet.scatter("answer", items(2))) == [1, 2], "it has waited for the other learner"
+        assert fleet._restarts.num_taken == 1 and "restart_failed" not in told.kinds()
         assert_books(fleet, world)
 
     drive(body)
 
 
-def test_a_newcomer_whose_learner_is_lost_while_another_takes_over_is_started_again() -> None:
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_newcomer_does_not_wait_for_a_learner_for_ever(is_stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        async def of_the_lost(_: Any) -> None:
+            raise LearnerError("learner", found="a gang that was ended", needed="living ranks", action="Again.")
+
+        await fleet.scale(1)
+        fleet.welcome = of_the_lost
+        growing = asyncio.create_task(fleet.scale(2))
+        await until(lambda: fleet.states.get("stale") == 1)
+        if is_stopped:
+            await fleet.stop()
+        else:
+            monkeypatch.setattr(fleet, "limits", FleetLimits(0.05, 0.05, 0))
+            fleet._notice()
+        with pytest.raises(ReplicaLostError if is_stopped else LearnerError):
+            await growing
+        assert not world.actors[1].alive
+
+    drive(body, max_restarts=0)
+
+
+def test_a_suspect_whose_learner_is_lost_waits_for_the_next_one() -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        async def of_the_lost(_: Any) -> None:
+            raise LearnerError("learner", found="a gang that was ended", needed="living ranks", action="Again.")
+
+        async def of_another(_: Any) -> None:
+            """It has weights."""
+
+        await fleet.scale(2)
+        fleet.welcome = of_the_lost
+        suspect = fleet.healthy[0]
+        fleet.suspect(suspect, DeadlineError("echo[0].probe", found="no answer", needed="one", action="None."))
+        await fleet.broadcast("load")
+        answering = asyncio.create_task(fleet.answered(suspect))
+        await until(lambda: fleet.states.get("stale") == 1)
+        with pytest.raises(LearnerError):
+            await fleet.repair()
+        fleet.welcome = of_another
+        await answering
+        assert fleet.states == {"healthy": 2} and told.kinds()[-1] == "replica_recovered"
+
+    drive(body)
+
+
+def test_a_newcomer_whose_learner_is_lost_while_another_takes_over_asks_that_one() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
         async def of_another(_: Any) -> None:
             """It has weights."""
@@ -242,8 +296,8 @@ def test_a_newcomer_whose_learner_is_lost_while_another_takes_over_is_started_ag
         fleet.welcome = of_the_lost
         fleet.lose(fleet.healthy[0], LOST)
         await fleet.replaced()
-        assert workers(await fleet.scatter("answer", items(2))) == [1, 3]
-        assert len(told.of("restart_failed")) == 1 and fleet._restarts.num_taken == 2
+        assert workers(await fleet.scatter("answer", items(2))) == [1, 2]
+        assert told.of("restart_failed") == [] and fleet._restarts.num_taken == 1
 
     drive(body)
 
@@ -259,6 +313,70 @@ def test_a_stop_ends_replacements_that_are_under_way() -> None:
         assert fleet.states == {} and "restart_failed" not in told.kinds()
 
     drive(body)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.newcomers, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_newcomers_that_never_ran_use_no_restarts() -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        world.num_unborn = 2
+        await fleet.scale(2)
+        assert len(told.of("start_repeated")) == 2 and told.of("replica_lost") == []
+        world.num_unborn = 3
+        fleet.lose(fleet.healthy[0], LOST)
+        await fleet.replaced()
+        assert fleet.states == {"healthy": 2} and fleet._restarts.num_taken == 1
+        assert len(told.of("start_repeated")) == 5 and "restart_failed" not in told.kinds()
+        assert [joined.get("replaces") for joined in told.of("replica_joined")] == [None, None, 0]
+        assert_books(fleet, world)
+
+    drive(body, max_restarts=1)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_newcomers_that_never_run_are_given_up_after_the_time_of_a_start() -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        await fleet.scale(1)
+        fleet.limits = FleetLimits(1.0, 5.0, 1)
+        world.num_unborn = 1000
+        fleet.lose(fleet.healthy[0], LOST)
+        await fleet.replaced()
+        assert len(told.of("restart_failed")) == 1, "that was a restart, and the last"
+        assert 1 <= len(told.of("start_repeated")) <= 7, "with pauses that grow"
+
+    drive(body, max_restarts=1)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_stop_ends_newcomers_that_are_to_be_created_again() -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        world.num_unborn = 1000
+        growing = asyncio.create_task(fleet.scale(1))
+        await until(lambda: told.kinds().count("start_repeated") >= 2)
+        await fleet.stop()
+        with pytest.raises(ReplicaLostError, match="stopped meanwhile"):
+            await growing
+        assert "restart_failed" not in told.kinds()
+
+    drive(body)
+
+
+def test_a_node_with_half_of_a_large_fleet_is_replaced_as_a_whole_twice() -> None:
+    async def body(fleet: Fleet, world: World, told: Told) -> None:
+        await fleet.scale(16)
+        for num_taken in (8, 16):
+            for replica in fleet.healthy[:8]:
+                fleet.lose(replica, LOST)
+            await fleet.replaced()
+            assert fleet.states == {"healthy": 16} and fleet._restarts.num_taken == num_taken
+        fleet.lose(fleet.healthy[0], LOST)
+        assert told.of("restarts_used_up")[0]["replicas"] == 16
+
+    drive(body, max_restarts=1)
 
 
 @pytest.mark.parametrize("num_failed", [1, 3])
@@ -278,11 +396,11 @@ def test_replicas_that_are_lost_in_their_first_start_are_started_again(num_faile
 
 def test_first_starts_that_use_the_restarts_up_end_the_start_of_the_fleet() -> None:
     async def body(fleet: Fleet, world: World, told: Told) -> None:
-        for index in (1, 2):
+        for index in (1, 2, 3):
             world.errors["start", index] = CHOKED
         with pytest.raises(EngineError, match="chokes"):
             await fleet.scale(2)
-        assert "restarts_used_up" in told.kinds() and len(world.actors) == 3
+        assert "restarts_used_up" in told.kinds() and len(world.actors) == 4
         assert fleet.num_missing == 0, "what could not join is not asked for again"
 
     drive(body, max_restarts=1)

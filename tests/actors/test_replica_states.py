@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import actors.fleet
+import actors.newcomers
 from actors.fleet import Fleet, FleetLimits
 from actors.replicas import TRANSITIONS, Replica, ReplicaState
 from rlhf.errors import DeadlineError, PublicationError, ReplicaLostError
@@ -22,7 +22,7 @@ LOST = ReplicaLostError("echo[0].probe", found="no answer to two probes", needed
 
 @pytest.fixture(autouse=True)
 def fake_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.fleet, "kill", lambda actor: actor.die())
+    monkeypatch.setattr(actors.newcomers, "kill", lambda actor: actor.die())
 
 
 @pytest.mark.parametrize("before", ReplicaState)

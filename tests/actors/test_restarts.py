@@ -38,7 +38,27 @@ def test_what_was_refused_does_not_count() -> None:
     assert budget.take()
 
 
+def test_a_large_fleet_has_as_many_restarts_for_each_of_its_replicas() -> None:
+    budget = RestartBudget(3, 10.0, size=lambda: 8)
+    assert [budget.take() for _ in range(25)] == [True] * 24 + [False]
+
+
+def test_what_leavers_were_restarted_for_does_not_weigh_on_those_that_stay() -> None:
+    size = 8
+    budget = RestartBudget(3, 10.0, size=lambda: size)
+    for _ in range(8):  # a node that held all of them
+        assert budget.take()
+    size = 1
+    assert budget.left == 2, "one restart for each replica, of the three that each has"
+    assert [budget.take(), budget.take(), budget.take()] == [True, True, False]
+    size = 4
+    assert budget.left == 12 - 4 - 2, "eight of eight are four of four; the two later ones count whole"
+    size = 0
+    assert budget.left == 0, "a fleet that is stopped has those of one replica"
+
+
 def test_no_restart_may_be_wanted() -> None:
+    assert not RestartBudget(0, 10.0, size=lambda: 64).take()
     assert not RestartBudget(0, 10.0).take()
 
 

@@ -25,8 +25,17 @@ from tests.virtual_time import VirtualTimeLoop
 
 FLEETS = st.sampled_from(["generation", "generation", "scorer"])
 POINTS = {
-    "generation": ["start", "stream", "begin_update", "receive_bucket", "finish_update", "load_folder", "stop"],
-    "scorer": ["start", "score", "stop"],
+    "generation": [
+        "create",
+        "start",
+        "stream",
+        "begin_update",
+        "receive_bucket",
+        "finish_update",
+        "load_folder",
+        "stop",
+    ],
+    "scorer": ["create", "start", "score", "stop"],
     "learner": ["start", "read", "update", "put_bucket", "save", "load"],
 }
 PLACES = st.sampled_from([(role, point) for role, points in POINTS.items() for point in points])
@@ -48,6 +57,7 @@ PLANS = st.builds(
     exclusive=st.booleans(),
     max_restarts=st.sampled_from([1, 3, 3, 1000]),
 )
+MOST_REPLICAS = 3
 LIMIT_S = 30 * 24 * 3600.0
 
 
@@ -119,8 +129,7 @@ class OnlineRun(RuleBasedStateMachine):
         marks = self.driver.marks
         recent = Counter(self.world.struck) - marks[max(len(marks) - 3, 0)]
         in_all = Counter(self.world.struck) - marks[0]
-        # A gang that is lost takes the welcome of a replacement with it, and so one more restart.
-        most = max(in_all["scorer"], in_all["recorder"], in_all["learner"] + in_all["generation"])
+        most = max(in_all[role] for role in ("generation", "scorer", "learner", "recorder"))
         return max(recent.values(), default=0) > 1 or most > self.plan.max_restarts
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 3.0, 10.0, 30.0, 100.0]))
@@ -161,6 +170,12 @@ class OnlineRun(RuleBasedStateMachine):
     def a_fault_waits(self, where: tuple[str, str], kind: str, after: int) -> None:
         self.world.faults.append(Fault(*where, kind, after))
         self._pass(0.05)
+
+    @precondition(_is_calm)
+    @rule(after=st.sampled_from([0, 1, 2, 5]))
+    def the_learner_goes_away_with_a_bucket(self, after: int) -> None:
+        self.world.faults.append(Fault("generation", "receive_bucket", "orphan", after))
+        self._pass_until(("generation", "receive_bucket"), times=after + 1)
 
     @precondition(_is_calm)
     @rule(
@@ -236,8 +251,9 @@ class OnlineRun(RuleBasedStateMachine):
             for role, fleet in self.driver.fleets.items():
                 taken = fleet._restarts.num_taken
                 losses = sum(struck.values()) if struck[role] else 0  # what ends a step ends a replacement under way
-                assert taken <= min(losses, self.plan.max_restarts), f"{taken} {role} restarts for {losses} losses"
-                most = self.driver.allowed[role] + self.plan.max_restarts
+                restarts = MOST_REPLICAS * self.plan.max_restarts
+                assert taken <= min(losses, restarts), f"{taken} {role} restarts for {losses} losses"
+                most = self.driver.allowed[role] + restarts + struck[role]  # one that never ran is created again
                 assert self.driver.spawned[role] <= most, f"{self.driver.spawned[role]} {role} replicas were started"
 
     def teardown(self) -> None:

@@ -95,7 +95,7 @@ class RunningWorker:
         async def send() -> None:
             await self.worker.begin_update(version)
             for bucket in buckets:
-                await self.worker.receive_bucket(bucket)
+                await self.worker.receive_bucket([bucket])
             await self.worker.finish_update(version, combine_digests([bucket.digest for bucket in buckets]))
 
         self.version += 1

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.ranks import RankInfo
 from actors.vllm.config import EngineConfig
-from rlhf.errors import EngineError, PublicationError
+from rlhf.errors import EngineError, PublicationError, ValueLostError
 from rlhf.sampling import SamplingConfig
-from rlhf.weights import Bucket, make_bucket
+from rlhf.weights import Bucket, combine_digests, make_bucket
 from tests.actors.engine_ranks import run_ranks
 from tests.actors.vllm.engines import (
     RunningWorker,
@@ -167,8 +167,52 @@ def test_a_wrong_shape_and_an_unknown_name_are_refused(generation: RunningWorker
 def test_buckets_need_an_open_update(generation: RunningWorker):
     bucket = make_bucket(0, 1, {"model.norm.weight": torch.ones(64)})
     with pytest.raises(PublicationError, match="no open update"):
-        generation.run(generation.worker.receive_bucket(bucket))
+        generation.run(generation.worker.receive_bucket([bucket]))
     assert generation.generate()
+
+
+class StoreWithoutBuckets:
+    """Its buckets went away with their learner."""
+
+    def put(self, value):
+        return value
+
+    def get(self, handle):
+        raise ValueLostError("object store", found="OwnerDiedError", needed="the bucket", action="Look.")
+
+
+def test_a_bucket_that_is_gone_leaves_an_open_update_that_is_begun_anew(
+    generation: RunningWorker, other_model, monkeypatch
+):
+    first, *_ = buckets = make_buckets(weights_of(other_model))
+    version = generation.version
+
+    async def cut():
+        drawing = asyncio.create_task(_draw_long(generation))
+        await _until_drawing(generation)
+        await generation.worker.begin_update(version + 1)
+        await generation.worker.receive_bucket([first])
+        monkeypatch.setattr(generation.worker, "_store", StoreWithoutBuckets())
+        with pytest.raises(ValueLostError):
+            await generation.worker.receive_bucket([first])
+        monkeypatch.undo()
+        later = asyncio.create_task(draw(generation.worker, make_prompts(1), 1, version))
+        await asyncio.sleep(0.1)
+        assert not drawing.done() and not later.done(), "a mixture of weights draws nothing"
+        assert generation.worker._engine.version is None
+        await generation.worker.begin_update(version + 2)
+        for bucket in buckets:
+            await generation.worker.receive_bucket([bucket])
+        await generation.worker.finish_update(version + 2, combine_digests([bucket.digest for bucket in buckets]))
+        with pytest.raises(EngineError, match="abort"):
+            await drawing
+        return await later
+
+    generation.version += 2
+    [group] = generation.run(cut())
+    assert group.weight_versions == (version + 2, version + 2)
+    sent = {name: _hash(tensor) for name, tensor in weights_of(other_model).items()}
+    assert generation.run(generation.worker.tensor_digests()) == sent
 
 
 def test_an_update_that_is_never_finished_runs_out_of_time(generation: RunningWorker, monkeypatch):
@@ -217,9 +261,7 @@ def test_completions_in_flight_carry_the_versions_of_their_tokens(generation: Ru
         await _until_drawing(generation)
         await generation.worker.begin_update(old + 1)
         for bucket in buckets:
-            await generation.worker.receive_bucket(bucket)
-        from rlhf.weights import combine_digests
-
+            await generation.worker.receive_bucket([bucket])
         await generation.worker.finish_update(old + 1, combine_digests([b.digest for b in buckets]))
         return await drawing
 
