@@ -37,9 +37,9 @@ class Resources(StrictModel):
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one call."""
     max_restarts: int = Field(default=3, ge=0)
-    """Dead replicas that are replaced within ``restart_window_s``, times the replicas of the fleet, before it goes on
-    with those that are left and ends the run when none is; restarts of the recorder in that time, before the run ends;
-    and lost gangs of learners that are started again without a newer checkpoint in between."""
+    """Restarts within ``restart_window_s``. A fleet replaces so many dead replicas for each that it has; then it goes
+    on with those that are left, and the run ends when none is. The recorder is started again so many times, and a gang
+    of learners so many times without a newer checkpoint in between; then the run ends."""
     restart_window_s: float = Field(default=3600.0, gt=0)
     """Seconds after which the replacement of a dead replica, or a restart of the recorder, no longer counts."""
 
