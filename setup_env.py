@@ -363,7 +363,7 @@ def compile_packages() -> None:
     """Compiles what is installed to bytecode, about 30,000 files in half a minute on two cores.
 
     Every engine starts several processes that import PyTorch and vLLM, and Python would parse them each time where it
-    may not write bytecode (PYTHONDONTWRITEBYTECODE, an image's read-only files): twice the start. Files that Python
+    may not write bytecode (PYTHONDONTWRITEBYTECODE, an image's read-only files): twice the import. Files that Python
     cannot compile are templates and tests; they are left as they are.
     """
     say("compiling packages to bytecode, once")

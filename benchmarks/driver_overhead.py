@@ -368,8 +368,8 @@ def main() -> None:
         "limit": None,
         "own_seconds": most.cpu_s,
         "peer_seconds": fewest.cpu_s,
-        "tokens_sampled": 1000 * ACTORS_AT,
-        "tokens_trained": 1000 * ACTORS_AT,
+        "tokens_sampled": 1000 * ACTORS_AT,  # of the 1,000 rollouts that the seconds are for; stubs draw them
+        "tokens_trained": 0,  # the learners are stubs
         "ratios": ratios,
         "seconds": time.monotonic() - began,
     }

@@ -4,8 +4,8 @@ Two arms of equal wall time after their first steps. In one of them a process is
 drawn among those that live (generation worker, its engine, scorer, learner rank, recorder, driver), then one of its
 processes. A driver that has ended is run again with the same command at once, as whoever watches over a run would do.
 What counts is the history of the weights that survived: the steps up to the newest checkpoint of each arm, whose
-rollouts have to be there once each. The last line is JSON; the ratio is disturbed over undisturbed, and seconds are
-those for 1,000 trained tokens.
+rollouts have to be there once each. The last line is JSON; the ratio is disturbed over undisturbed, tokens are
+those of the disturbed arm, and both arms take the same seconds.
 
     .venv/bin/python benchmarks/goodput.py [--minutes 8] [--seed 0] [--nodes 2] [--model FOLDER]
 
@@ -323,10 +323,10 @@ def main() -> None:
         "ratio": dict.fromkeys(("median", "min", "max"), own / peer),
         "target": TARGET,
         "limit": 1.0,
-        "own_seconds": 1000 * seconds / own,
-        "peer_seconds": 1000 * seconds / peer,
-        "tokens_sampled": 1000,
-        "tokens_trained": 1000,
+        "own_seconds": seconds,
+        "peer_seconds": seconds,
+        "tokens_sampled": arms["disturbed"]["tokens"],  # in the history that survived each was sampled once
+        "tokens_trained": arms["disturbed"]["tokens"],
         "tokens_per_hour": {kind: round(3600 * arm["tokens"] / seconds) for kind, arm in arms.items()},
         "record_faults": sum(len(arm["faults"]) for arm in arms.values()),
     }

@@ -40,8 +40,7 @@ class EvaluateStage(StrictModel):
 async def run_evaluate(context: RunContext, stage: EvaluateStage) -> dict[str, Any]:
     """Samples both models on ``data.evaluation``, scores them with every instrument and grades them.
 
-    Where rollouts are lost meanwhile it is done again: what an owner takes with it is most of them, and a seed draws
-    the same again.
+    Where rollouts are lost meanwhile it is done again: what an owner takes with it is most of them.
     """
     from rlhf.evaluation.instruments import choose_instruments
     from rlhf.loops.rollouts import repeated
